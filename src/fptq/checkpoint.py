@@ -1,0 +1,483 @@
+"""The checkpoint folder: compressed-tensors `pack-quantized` in safetensors shards, and one JSON file of our own.
+
+docs/checkpoint.md gives it byte by byte. `CheckpointWriter` makes a folder, `Checkpoint.open` checks one completely
+before anything is taken from it. Neither needs torch or the compressed-tensors package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fptq import numerics
+from fptq.errors import CheckpointError, OutputError
+from fptq.recipe import Activation
+from fptq.shards import (
+    TensorEntry,
+    merge_shards,
+    read_header,
+    read_tensor,
+    sha256_of_file,
+    write_json,
+    write_shard,
+)
+
+RECORD_FILE = "fptq.json"
+STATISTICS_FILE = "fptq_statistics.npz"
+INDEX_FILE = "model.safetensors.index.json"
+FORMAT_VERSION = 1
+MAX_SHARD_BYTES = 5_000_000_000
+
+_INT8_STATIC = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "tensor",
+    "group_size": None,
+    "dynamic": False,
+}
+_INT8_DYNAMIC = {**_INT8_STATIC, "strategy": "token", "dynamic": True}
+_ACTIVATIONS: dict[Activation, dict[str, Any] | None] = {
+    Activation.NONE: None,
+    Activation.STATIC: _INT8_STATIC,
+    Activation.DYNAMIC: _INT8_DYNAMIC,
+}
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A linear layer as the file holds it.
+
+    Attributes:
+        codes: int8 [out_features, in_features] in -8..7.
+        scales: float32 [out_features, in_features / group_size], every value exact in bfloat16.
+        activation: how the layer's input is quantized.
+        input_scale: the input's step size; None unless static.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    activation: Activation
+    input_scale: float | None
+
+    @property
+    def group_size(self) -> int:
+        """Input channels that share a weight scale."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
+
+@dataclass(frozen=True)
+class KVScales:
+    """Static per-tensor step sizes of a layer's int8 key and value cache."""
+
+    key: float
+    value: float
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """What `quantization_config` says of one layer."""
+
+    group_size: int
+    activation: Activation
+
+
+def linear_tensors(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
+    """Return the tensors that store a linear layer called `name`."""
+    tensors = {
+        f"{name}.weight_packed": numerics.pack_int4(linear.codes),
+        f"{name}.weight_scale": linear.scales.astype(ml_dtypes.bfloat16),
+        f"{name}.weight_shape": np.array(linear.codes.shape, np.int64),
+    }
+    if linear.input_scale is not None:
+        tensors[f"{name}.input_scale"] = np.array([linear.input_scale], ml_dtypes.bfloat16)
+    return tensors
+
+
+def cache_tensors(attention: str, scales: KVScales) -> dict[str, np.ndarray]:
+    """Return the tensors that store the KV cache scales of an attention module."""
+    return {
+        f"{attention}.k_scale": np.array([scales.key], ml_dtypes.bfloat16),
+        f"{attention}.v_scale": np.array([scales.value], ml_dtypes.bfloat16),
+    }
+
+
+def quantization_config(
+    layers: dict[str, LayerScheme], *, blocks: str, block_count: int, int8_cache: bool, ignore: list[str]
+) -> dict[str, Any]:
+    """Return the `quantization_config` of config.json for layers by full name.
+
+    A layer that has the same scheme in every block becomes one regular expression; others are listed by name.
+    """
+    by_scheme: dict[tuple[int, Activation], list[str]] = {}
+    for suffix, members in _by_suffix(layers, blocks).items():
+        schemes = {(s.group_size, s.activation) for s in members.values()}
+        if len(schemes) == 1 and len(members) == block_count:
+            target = rf"re:^{re.escape(blocks)}\.\d+\.{re.escape(suffix)}$"
+            by_scheme.setdefault(schemes.pop(), []).append(target)
+        else:
+            for name, scheme in members.items():
+                by_scheme.setdefault((scheme.group_size, scheme.activation), []).append(name)
+    groups = {}
+    for number, ((group_size, activation), targets) in enumerate(sorted(by_scheme.items())):
+        groups[f"group_{number}"] = {
+            "format": "pack-quantized",
+            "targets": targets,
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": group_size,
+                "dynamic": False,
+            },
+            "input_activations": _ACTIVATIONS[activation],
+            "output_activations": None,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "config_groups": groups,
+        "kv_cache_scheme": _INT8_STATIC if int8_cache else None,
+        "ignore": ignore,
+    }
+
+
+def _by_suffix(layers: dict[str, LayerScheme], blocks: str) -> dict[str, dict[str, LayerScheme]]:
+    grouped: dict[str, dict[str, LayerScheme]] = {}
+    for name, scheme in layers.items():
+        suffix = name.removeprefix(blocks + ".").split(".", 1)[1]
+        grouped.setdefault(suffix, {})[name] = scheme
+    return grouped
+
+
+class CheckpointWriter:
+    """Collects a checkpoint in a working folder, one part per decoder block, and turns it into a finished folder.
+
+    Parts already written survive the process; `finish` may be repeated after an interruption.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._parts = folder / "parts"
+        self._parts.mkdir(parents=True, exist_ok=True)
+        self.final = folder / "final"
+        """What becomes the checkpoint; tokenizer files and the like are put here before `finish`."""
+        self.final.mkdir(exist_ok=True)
+
+    def part(self, name: str, suffix: str = ".safetensors") -> Path:
+        """Return the path of a part's tensors, or of another file that belongs to the part."""
+        return self._parts / f"{name}{suffix}"
+
+    def add_part(self, name: str, tensors: dict[str, np.ndarray]) -> None:
+        """Store the tensors of one part durably."""
+        write_shard(self.part(name), tensors)
+
+    def finish(
+        self,
+        destination: Path,
+        parts: list[str],
+        config: dict[str, Any],
+        record: dict[str, Any],
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        """Merge the parts into shards, add config.json and the record with every file's checksum, rename the folder."""
+        final = self.final
+        self._merge(final, parts, max_shard_bytes)
+        write_json(final / "config.json", config)
+        files = sorted(path for path in final.iterdir() if path.name != RECORD_FILE)
+        record = {
+            **record,
+            "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of_file(p)} for p in files},
+        }
+        write_json(final / RECORD_FILE, seal(record))
+        if destination.exists():
+            shutil.rmtree(destination)
+        final.rename(destination)
+        shutil.rmtree(self.folder)
+
+    def _merge(self, final: Path, parts: list[str], max_shard_bytes: int) -> None:
+        for stale in [*final.glob("*.safetensors*"), *final.glob("*.tmp")]:
+            stale.unlink()
+        bundles: list[list[Path]] = [[]]
+        size = 0
+        for part in map(self.part, parts):
+            if bundles[-1] and size + part.stat().st_size > max_shard_bytes:
+                bundles.append([])
+                size = 0
+            bundles[-1].append(part)
+            size += part.stat().st_size
+        count = len(bundles)
+        names = ["model.safetensors"]
+        if count > 1:
+            names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        for name, bundle in zip(names, bundles, strict=True):
+            merge_shards(final / name, bundle)
+        if count > 1:
+            entries = {name: read_header(final / name, OutputError) for name in names}
+            write_json(
+                final / INDEX_FILE,
+                {
+                    "metadata": {"total_size": sum(e.stop - e.start for h in entries.values() for e in h.values())},
+                    "weight_map": {tensor: name for name, header in entries.items() for tensor in header},
+                },
+            )
+
+
+def seal(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record with the SHA-256 of its other content, so that a changed byte in it shows too."""
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+class Checkpoint:
+    """A quantized checkpoint folder that was checked as a whole: files, headers, schemes, shapes and dtypes.
+
+    Attributes:
+        folder: where it is.
+        config: config.json.
+        record: fptq.json, or {} if the checkpoint was made by other software.
+        schemes: the scheme of every quantized linear layer, by full name.
+        tensors: where each tensor lies.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], record: dict[str, Any]):
+        self.folder = folder
+        self.config = config
+        self.record = record
+        self.tensors = self._read_headers()
+        self.schemes = self._read_schemes()
+        self._check_linears()
+        self._check_cache()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Return the checkpoint in `folder`.
+
+        Raises:
+            CheckpointError: it isn't one, is incomplete, or anything in it contradicts anything else.
+        """
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such folder")
+        config = _read_json(path / "config.json")
+        if "quantization_config" not in config:
+            raise CheckpointError(
+                f"{path}: config.json has no quantization_config: a float model, not a checkpoint of ours"
+            )
+        record = _read_json(path / RECORD_FILE) if (path / RECORD_FILE).exists() else {}
+        if record and record.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path / RECORD_FILE}: format version {record.get('format_version')!r}, "
+                f"this fptq reads {FORMAT_VERSION}; upgrade fptq or quantize again"
+            )
+        if record and seal(record)["sha256"] != record.get("sha256"):
+            raise CheckpointError(
+                f"{path / RECORD_FILE}: its content doesn't match its checksum; it was damaged or edited"
+            )
+        return cls(path, config, record)
+
+    def _read_headers(self) -> dict[str, tuple[Path, TensorEntry]]:
+        index = self.folder / INDEX_FILE
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index}: has no weight_map")
+            shards = sorted(set(weight_map.values()))
+        else:
+            weight_map, shards = None, ["model.safetensors"]
+        tensors: dict[str, tuple[Path, TensorEntry]] = {}
+        for shard in shards:
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise CheckpointError(f"{index}: {shard!r} is no file name in this folder")
+            for name, entry in read_header(self.folder / shard, CheckpointError).items():
+                if name in tensors:
+                    raise CheckpointError(f"{self.folder}: tensor '{name}' is in two shards")
+                tensors[name] = (self.folder / shard, entry)
+        if weight_map is not None and weight_map != {n: p.name for n, (p, _) in tensors.items()}:
+            odd = sorted(set(weight_map) ^ set(tensors)) or ["(same names, other shards)"]
+            raise CheckpointError(f"{index}: doesn't describe the shards; the first difference is tensor '{odd[0]}'")
+        return tensors
+
+    def _read_schemes(self) -> dict[str, LayerScheme]:
+        names = sorted(n.removesuffix(".weight_packed") for n in self.tensors if n.endswith(".weight_packed"))
+        try:
+            values = self.config["quantization_config"]
+            if values["quant_method"] != "compressed-tensors" or values["format"] != "pack-quantized":
+                raise CheckpointError(
+                    f"{self.folder}: quantization {values['quant_method']}, format {values['format']}; "
+                    "needed compressed-tensors, pack-quantized"
+                )
+            groups = [(group["targets"], _read_scheme(group)) for group in values["config_groups"].values()]
+            schemes = {}
+            for name in names:
+                matching = [scheme for targets, scheme in groups if any(_matches(t, name) for t in targets)]
+                if len(matching) != 1:
+                    raise CheckpointError(
+                        f"{self.folder}: {len(matching)} config groups target layer '{name}', needed exactly one"
+                    )
+                schemes[name] = matching[0]
+            for targets, _ in groups:
+                for target in targets:
+                    if not any(_matches(target, name) for name in names):
+                        raise CheckpointError(f"{self.folder}: no layer in the shards for config target '{target}'")
+        except (KeyError, TypeError, AttributeError, re.error) as cause:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: quantization_config is malformed ({cause!r})"
+            ) from cause
+        planned = self.record.get("layers")
+        if planned is not None and sorted(planned) != names:
+            odd = sorted(set(planned) ^ set(names))
+            raise CheckpointError(f"{self.folder}: {RECORD_FILE} and the shards disagree about layer '{odd[0]}'")
+        return schemes
+
+    def _check_linears(self) -> None:
+        for name, scheme in self.schemes.items():
+            self._expect(f"{name}.weight_packed", (None, None), "int32")
+            self._expect(f"{name}.weight_shape", (2,), "int64")
+            rows, columns = (int(n) for n in self.read(f"{name}.weight_shape"))
+            if columns % scheme.group_size or columns % 8 or min(rows, columns) < 1:
+                raise CheckpointError(
+                    f"{self.folder}: {name}: shape {rows} x {columns} with groups of {scheme.group_size}"
+                )
+            self._expect(f"{name}.weight_packed", (rows, columns // 8), "int32")
+            self._expect(f"{name}.weight_scale", (rows, columns // scheme.group_size), None)
+            if scheme.activation is Activation.STATIC:
+                self._positive(f"{name}.input_scale")
+            elif f"{name}.input_scale" in self.tensors:
+                raise CheckpointError(
+                    f"{self.folder}: {name} has an input_scale, its scheme is {scheme.activation.value}"
+                )
+        owners = {"weight_packed", "weight_scale", "weight_shape", "input_scale"}
+        for tensor in self.tensors:
+            owner, _, kind = tensor.rpartition(".")
+            if kind in owners and owner not in self.schemes:
+                raise CheckpointError(f"{self.folder}: tensor '{tensor}' belongs to no quantized layer")
+
+    def _check_cache(self) -> None:
+        scheme = self.config["quantization_config"].get("kv_cache_scheme")
+        if scheme is not None and any(scheme.get(key) != value for key, value in _INT8_STATIC.items()):
+            raise CheckpointError(f"{self.folder}: kv_cache_scheme {scheme} is not int8 symmetric static per-tensor")
+        owners = [{n.rpartition(".")[0] for n in self.tensors if n.endswith(kind)} for kind in (".k_scale", ".v_scale")]
+        if owners[0] != owners[1] or bool(owners[0]) != (scheme is not None):
+            raise CheckpointError(f"{self.folder}: kv_cache_scheme and the k_scale and v_scale tensors don't match")
+        for owner in owners[0]:
+            self._positive(f"{owner}.k_scale")
+            self._positive(f"{owner}.v_scale")
+
+    def _expect(self, tensor: str, shape: tuple[int | None, ...], dtype: str | None) -> None:
+        if tensor not in self.tensors:
+            raise CheckpointError(f"{self.folder}: tensor '{tensor}' is missing")
+        entry = self.tensors[tensor][1]
+        fits = len(entry.shape) == len(shape) and all(b in (None, a) for a, b in zip(entry.shape, shape, strict=True))
+        floating = entry.dtype.name in ("bfloat16", "float16", "float32")
+        if not fits or (entry.dtype.name != dtype if dtype else not floating):
+            raise CheckpointError(
+                f"{self.folder}: tensor '{tensor}' is {entry.dtype.name} {list(entry.shape)}, "
+                f"needed {dtype or 'a float type'} {list(shape)}"
+            )
+
+    def _positive(self, tensor: str) -> None:
+        self._expect(tensor, (1,), None)
+        value = float(self.read(tensor)[0])
+        if not (np.isfinite(value) and value > 0):
+            raise CheckpointError(f"{self.folder}: tensor '{tensor}' is {value}, needed a positive number")
+
+    def read(self, tensor: str) -> np.ndarray:
+        """Return a tensor in its stored dtype."""
+        return read_tensor(*self.tensors[tensor])
+
+    def read_linear(self, name: str) -> QuantizedLinear:
+        """Return a quantized layer.
+
+        Raises:
+            CheckpointError: a weight scale is not a positive number.
+        """
+        scales = self.read(f"{name}.weight_scale").astype(np.float32)
+        if not (np.isfinite(scales).all() and (scales > 0).all()):
+            raise CheckpointError(
+                f"{self.folder}: tensor '{name}.weight_scale' has values that are no positive numbers"
+            )
+        scheme = self.schemes[name]
+        static = scheme.activation is Activation.STATIC
+        return QuantizedLinear(
+            codes=numerics.unpack_int4(self.read(f"{name}.weight_packed")),
+            scales=scales,
+            activation=scheme.activation,
+            input_scale=float(self.read(f"{name}.input_scale")[0]) if static else None,
+        )
+
+    def cache_scales(self) -> dict[str, KVScales]:
+        """Return the KV cache scales by attention module; empty when the cache stays in float."""
+        owners = sorted(name.removesuffix(".k_scale") for name in self.tensors if name.endswith(".k_scale"))
+        return {o: KVScales(float(self.read(f"{o}.k_scale")[0]), float(self.read(f"{o}.v_scale")[0])) for o in owners}
+
+    def float_tensors(self) -> list[str]:
+        """Return the names of all tensors that are not part of a quantized layer or of the cache."""
+        parts = (".weight_packed", ".weight_scale", ".weight_shape", ".input_scale", ".k_scale", ".v_scale")
+        return [name for name in self.tensors if not name.endswith(parts)]
+
+    def verify(self) -> Iterator[str]:
+        """Compare every file with its recorded checksum; yield each name that was found sound.
+
+        Raises:
+            CheckpointError: a file is missing or differs, or the folder has no record of checksums.
+        """
+        if "files" not in self.record:
+            raise CheckpointError(f"{self.folder}: has no {RECORD_FILE} with checksums; nothing to verify against")
+        for name, expected in self.record["files"].items():
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path}: is missing")
+            if path.stat().st_size != expected["bytes"] or sha256_of_file(path) != expected["sha256"]:
+                raise CheckpointError(f"{path}: differs from the file that was written (SHA-256); copy it again")
+            yield name
+
+
+def _read_scheme(group: dict[str, Any]) -> LayerScheme:
+    weights = group["weights"]
+    if (weights["num_bits"], weights["type"], weights["symmetric"], weights["strategy"]) != (
+        4,
+        "int",
+        True,
+        "group",
+    ):
+        raise CheckpointError(f"weights {weights} are not int4, symmetric, in groups: fptq can't run them")
+    if group.get("output_activations") is not None:
+        raise CheckpointError("output_activations are quantized: fptq can't run that")
+    activations = group.get("input_activations")
+    for kind, wanted in _ACTIVATIONS.items():
+        if activations is wanted or (
+            activations and wanted and all(activations.get(key) == value for key, value in wanted.items())
+        ):
+            return LayerScheme(int(weights["group_size"]), kind)
+    raise CheckpointError(f"input_activations {activations} are neither static per-tensor nor dynamic per-token int8")
+
+
+def _matches(target: str, name: str) -> bool:
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise CheckpointError(f"{path}: can't be read ({cause.strerror}); not a finished checkpoint folder") from cause
+    except (ValueError, RecursionError) as cause:
+        raise CheckpointError(f"{path}: is no valid JSON ({cause}); it was damaged or cut off") from cause
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: needed a JSON object")
+    return values

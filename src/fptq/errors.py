@@ -1,0 +1,62 @@
+"""The errors that fptq raises for its users.
+
+::
+
+    FPTQError                       a user can do something about it; the command line prints it and exits with 1
+    ├── ModelError                  the model to quantize can't be read: missing or damaged file, NaN, pickle weights
+    │   └── ArchitectureError       no row for this architecture, or a variant that the row excludes
+    ├── CalibrationError            no, too little or broken calibration text
+    ├── QuantizationError           the numbers don't work out: group size, NaN activations
+    ├── CheckpointError             a quantized folder that is damaged, incomplete or not one of ours
+    ├── TextError                   a text file or data set can't be read
+    ├── EvaluationError             the evaluation data can't be used
+    ├── GenerationError             a prompt or a sampling option that can't be
+    ├── OutputError                 the output folder can't be used, or the disk is full
+    └── MissingDependencyError      an optional package is needed for this
+
+Every message says what is wrong and where, what was found, what is needed, and the remedy.
+"""
+
+
+class FPTQError(Exception):
+    """Base class: a mistake or a circumstance that the user can change."""
+
+
+class ModelError(FPTQError):
+    """The model to quantize can't be read."""
+
+
+class ArchitectureError(ModelError):
+    """The architecture is unknown, or this variant of it isn't supported."""
+
+
+class CalibrationError(FPTQError):
+    """The calibration text is missing, too short or unusable."""
+
+
+class QuantizationError(FPTQError):
+    """A tensor can't be quantized as asked."""
+
+
+class CheckpointError(FPTQError):
+    """A quantized checkpoint is damaged, incomplete or of another kind."""
+
+
+class TextError(FPTQError):
+    """A text file or a data set can't be read."""
+
+
+class EvaluationError(FPTQError):
+    """The evaluation data can't be used."""
+
+
+class GenerationError(FPTQError):
+    """The prompt or an option of text generation is out of range."""
+
+
+class OutputError(FPTQError):
+    """The output can't be written where it was asked for."""
+
+
+class MissingDependencyError(FPTQError):
+    """An optional dependency isn't installed."""

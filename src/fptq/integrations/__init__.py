@@ -1,0 +1,1 @@
+"""Running checkpoints inside other projects."""

@@ -1,0 +1,249 @@
+"""A quantized checkpoint as a transformers model: W4A8 linears and an int8 KV cache, by the reference arithmetic.
+
+    model, tokenizer = load("SmolLM2-135M-W4A8")
+    model.generate(**tokenizer("Once", return_tensors="pt"), past_key_values=new_cache(model))
+
+Every product is computed from the very codes and scales of the file. The rest of the model runs in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, Cache, GenerationConfig, TextStreamer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from fptq import numerics
+from fptq.checkpoint import Checkpoint, KVScales, QuantizedLinear
+from fptq.errors import CheckpointError, GenerationError
+from fptq.models.architectures import get_architecture
+from fptq.models.loading import build_skeleton, fill_buffers, load_tokenizer, tied_names
+
+
+class W4A8Linear(nn.Module):
+    """A linear layer on int4 codes: y = x̂·Ŵᵀ + b with the integers of the checkpoint.
+
+    It holds the codes in float32, grouped for `numerics.w4a8_matmul`: exact, at the memory of the float model.
+    """
+
+    def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = linear.codes.shape
+        self.activation = linear.activation
+        self.input_scale = linear.input_scale
+        grouped = numerics.group_codes(torch.from_numpy(linear.codes), linear.group_size)
+        self.register_buffer("codes", grouped.contiguous(), persistent=False)
+        self.register_buffer("scales", torch.from_numpy(linear.scales).T.contiguous(), persistent=False)
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output [..., out_features] for x [..., in_features], in float32."""
+        rows = x.reshape(-1, self.in_features).float()
+        y = numerics.w4a8_linear(rows, self.codes, self.scales, self.activation, self.input_scale, self.bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Return what print(model) shows."""
+        group_size = self.codes.shape[1]
+        return f"{self.in_features} -> {self.out_features}, int4 groups of {group_size}, input {self.activation.value}"
+
+
+class _Int8Layer:
+    """Keeps keys and values as int8 codes; attention gets them back in float. Mixed into transformers' cache layers."""
+
+    scales: KVScales
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add new states as codes and return all states, dequantized."""
+        codes = (
+            numerics.quantize(states, scale, numerics.ACTIVATION_BITS).to(torch.int8)
+            for states, scale in ((key_states, self.scales.key), (value_states, self.scales.value))
+        )
+        keys, values = super().update(*codes, *args, **kwargs)  # type: ignore[misc]
+        dtype = key_states.dtype
+        return keys.to(dtype) * self.scales.key, values.to(dtype) * self.scales.value
+
+
+class Int8CacheLayer(_Int8Layer, DynamicLayer):
+    """An int8 KV cache layer with static scales."""
+
+    def __init__(self, scales: KVScales):
+        super().__init__()
+        self.scales = scales
+
+
+class Int8SlidingCacheLayer(_Int8Layer, DynamicSlidingWindowLayer):
+    """An int8 KV cache layer with static scales, of a layer that attends to a sliding window."""
+
+    def __init__(self, scales: KVScales, sliding_window: int):
+        super().__init__(sliding_window=sliding_window)
+        self.scales = scales
+
+
+def new_cache(model: nn.Module) -> Cache | None:
+    """Return an empty int8 KV cache for a model from `load`, or None where the checkpoint keeps the cache in float."""
+    scales: list[KVScales] = model.fptq_cache_scales
+    if not scales:
+        return None
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if window else "full_attention"] * len(scales)
+    return Cache(
+        layers=[
+            Int8SlidingCacheLayer(s, window) if kind == "sliding_attention" and window else Int8CacheLayer(s)
+            for s, kind in zip(scales, kinds, strict=True)
+        ]
+    )
+
+
+def load(folder: str | Path) -> tuple[nn.Module, Any]:
+    """Return the checkpoint in `folder` as a transformers model and its tokenizer (None if it has none).
+
+    Pass `past_key_values=new_cache(model)` to run with the int8 KV cache.
+
+    Raises:
+        CheckpointError: the folder isn't a sound checkpoint, or doesn't fit its own config.
+    """
+    checkpoint = Checkpoint.open(folder)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+    except (ValueError, KeyError, OSError) as cause:
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: transformers can't read it ({cause})") from cause
+    architecture = get_architecture(config.model_type)
+    del config.quantization_config  # our linears, not compressed-tensors' decompression
+    model = build_skeleton(config)
+    attention = _attention_names(model, architecture, config)
+    _check_names(checkpoint, model, attention)
+    fill_buffers(model, model)
+    for name in checkpoint.schemes:
+        parent, _, child = name.rpartition(".")
+        has_bias = model.get_submodule(name).bias is not None
+        bias = _float_tensor(checkpoint, f"{name}.bias") if has_bias else None
+        setattr(model.get_submodule(parent), child, W4A8Linear(checkpoint.read_linear(name), bias))
+    ours = {f"{name}.bias" for name in checkpoint.schemes}
+    tensors = {n: _float_tensor(checkpoint, n) for n in checkpoint.float_tensors() if n not in ours}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    model.requires_grad_(False)
+    cache = checkpoint.cache_scales()
+    model.fptq_cache_scales = [cache[name] for name in attention] if cache else []
+    if (checkpoint.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return model.eval(), load_tokenizer(checkpoint.folder)
+
+
+def _attention_names(model: nn.Module, architecture: Any, config: Any) -> list[str]:
+    attention = architecture.describe(config)[0].layers[0].rpartition(".")[0]
+    return [f"{architecture.blocks}.{i}.{attention}" for i in range(len(model.get_submodule(architecture.blocks)))]
+
+
+def _check_names(checkpoint: Checkpoint, model: nn.Module, attention: list[str]) -> None:
+    """Raise CheckpointError unless the file has exactly the tensors that the model needs, in its shapes."""
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items() if name not in tied_names(model)}
+    for name in checkpoint.schemes:
+        shape = wanted.pop(f"{name}.weight", None)
+        stored = tuple(int(n) for n in checkpoint.read(f"{name}.weight_shape"))
+        if shape != stored:
+            raise CheckpointError(
+                f"{checkpoint.folder}: layer '{name}' is {list(stored)}, the config makes it {list(shape or ())}"
+            )
+    found = {name: checkpoint.tensors[name][1].shape for name in checkpoint.float_tensors()}
+    for name in sorted(wanted.keys() ^ found.keys()):
+        what = "is missing" if name in wanted else "has no place in the model"
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor '{name}' {what}; config.json and shards don't belong together"
+        )
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor '{name}' is {list(found[name])}, the config makes it {list(shape)}"
+            )
+    cache = checkpoint.cache_scales()
+    if cache and sorted(cache) != sorted(attention):
+        raise CheckpointError(f"{checkpoint.folder}: KV cache scales are there for some layers only")
+
+
+def _float_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    return torch.from_numpy(checkpoint.read(name).astype(np.float32))
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    chat: bool = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """Return the text that a model from `load` writes after `prompt`.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        prompt: the text to continue, or with `chat` what the user says.
+        chat: put the prompt into the tokenizer's chat template.
+        max_new_tokens: stop after this many tokens at the latest.
+        temperature: of sampling; 0 takes the likeliest token each time.
+        top_p: sample from the likeliest tokens of this total probability.
+        seed: of sampling.
+        on_text: is given the text in pieces as it comes.
+
+    Raises:
+        GenerationError: the prompt is empty or too long, or an option is out of range.
+    """
+    if tokenizer is None:
+        raise GenerationError("the checkpoint has no tokenizer, so it can't read a prompt")
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise GenerationError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: "
+            "needed at least 1, at least 0, and above 0 up to 1"
+        )
+    if chat:
+        if tokenizer.chat_template is None:
+            raise GenerationError("the model's tokenizer has no chat template; leave out --chat")
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    length = inputs.input_ids.shape[1]
+    context = getattr(model.config, "max_position_embeddings", None)
+    if length == 0:
+        raise GenerationError("the prompt is empty")
+    if context and length + max_new_tokens > context:
+        raise GenerationError(
+            f"{length} tokens of prompt and {max_new_tokens} new ones don't fit the context of {context}"
+        )
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    output = model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        max_new_tokens=max_new_tokens,
+        past_key_values=new_cache(model),
+        streamer=_Streamer(tokenizer, on_text) if on_text else None,
+        **(sampling if temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+    )
+    return tokenizer.decode(output[0, length:], skip_special_tokens=True)
+
+
+class _Streamer(TextStreamer):
+    """Hands finished pieces of text on."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)

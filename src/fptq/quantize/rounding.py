@@ -1,0 +1,60 @@
+"""Rounding a block's weights to int4 codes, and the static scales of its inputs and of its KV cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from fptq import numerics
+from fptq.checkpoint import KVScales, QuantizedLinear
+from fptq.errors import QuantizationError
+from fptq.models.architectures import InputGroup
+from fptq.quantize.equalize import Ranges
+from fptq.quantize.policy import BlockPlan
+from fptq.recipe import Activation
+
+
+@torch.no_grad()
+def round_weights(
+    block: nn.Module, groups: list[InputGroup], plan: BlockPlan, ranges: Ranges
+) -> dict[str, QuantizedLinear]:
+    """Return codes and scales of every planned linear layer, rounded to nearest (Eq. 3-4).
+
+    Args:
+        block: the block after equalization.
+        groups: its input groups.
+        plan: which layers, at which group sizes, with which activation scheme.
+        ranges: the inputs' max|x| after equalization.
+    """
+    rounded = {}
+    for group in groups:
+        for name in group.layers:
+            if name not in plan.layers:
+                continue
+            layer = plan.layers[name]
+            codes, scales = numerics.quantize_weight(block.get_submodule(name).weight.float(), layer.group_size)
+            static = layer.activation is Activation.STATIC
+            rounded[name] = QuantizedLinear(
+                codes=codes.numpy(),
+                scales=scales.numpy(),
+                activation=layer.activation,
+                input_scale=static_scale(ranges.inputs[group.layers[0]]) if static else None,
+            )
+    return rounded
+
+
+def cache_scales(ranges: Ranges) -> KVScales:
+    """Return the static per-tensor int8 scales of keys and values."""
+    return KVScales(static_scale(ranges.key), static_scale(ranges.value))
+
+
+def static_scale(absmax: float) -> float:
+    """Return the int8 step size for values up to `absmax`, as the checkpoint stores it.
+
+    Raises:
+        QuantizationError: `absmax` is not finite.
+    """
+    if not np.isfinite(absmax):
+        raise QuantizationError(f"a calibration range is {absmax}; the model produced NaN or infinite values")
+    return float(numerics.scale_from_absmax(np.array([absmax], np.float32), numerics.ACTIVATION_BITS)[0])

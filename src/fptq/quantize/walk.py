@@ -1,0 +1,87 @@
+"""One walk through a float model over the calibration tokens, block by block, observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fptq.errors import QuantizationError
+from fptq.models.loading import FloatModel
+from fptq.models.stepping import BlockStepper
+from fptq.quantize.activations import ActivationFile
+from fptq.quantize.observe import BlockStatistics, observing
+
+_BATCH_TOKENS = 2048
+
+
+class CalibrationWalk:
+    """Carries the calibration activations from block to block, in two files that take turns.
+
+    Args:
+        source: the float model.
+        tokens: int64 [samples, length].
+        dtype: the model computes, and the activations are kept, in this.
+        folder: where the two files are; a walk can go on from a block whose inputs are there.
+    """
+
+    def __init__(self, source: FloatModel, tokens: np.ndarray, dtype: torch.dtype, folder: Path):
+        self._source = source
+        self._tokens = tokens
+        self._dtype = dtype
+        self._folder = folder
+        self._stepper = BlockStepper(source, dtype)
+        samples, length = tokens.shape
+        step = max(1, _BATCH_TOKENS // length)
+        self.batches = [(i, min(step, samples - i)) for i in range(0, samples, step)]
+
+    def begin(self, *, fresh: bool) -> None:
+        """Compute the first block's inputs, and learn the blocks' arguments; if not `fresh`, only the latter."""
+        inputs = self._activations(0)
+        one_of_each_size = {count: (start, count) for start, count in self.batches}.values()
+        with self._source.loaded_embeddings(self._dtype):
+            for start, count in self.batches if fresh else one_of_each_size:
+                states = self._stepper.embed(torch.from_numpy(self._tokens[start : start + count]))
+                if fresh:
+                    inputs.write(start, states)
+        if fresh:
+            inputs.flush()
+
+    def observe(self, index: int, block: nn.Module, on_batch: Callable[[], object]) -> BlockStatistics:
+        """Run the loaded block over all samples, keep its outputs for the next one, and return what was seen.
+
+        Raises:
+            QuantizationError: an output has a NaN or an infinity.
+        """
+        inputs, outputs = self._activations(index), self._activations(index + 1)
+        last = index + 1 == len(self._source.blocks)
+        with observing(block, self._source.groups) as statistics:
+            for start, count in self.batches:
+                states = self._stepper.run(index, inputs.read(start, count), statistics.update_cache_ranges)
+                if not bool(torch.isfinite(states).all()):
+                    raise QuantizationError(
+                        f"{self._source.block_name(index)}: its output has NaN or infinite values on calibration "
+                        f"samples {start} to {start + count - 1}; the model is damaged, or needs --compute-dtype float32"
+                    )
+                if not last:
+                    outputs.write(start, states)
+                on_batch()
+        if not last:
+            outputs.flush()
+        return statistics
+
+    def run_first_batch(self, index: int) -> None:
+        """Run the loaded block once more, on the first samples."""
+        self._stepper.run(index, self._activations(index).read(*self.batches[0]))
+
+    def disk_bytes(self) -> int:
+        """Return what the two files take."""
+        return 2 * self._tokens.size * self._source.config.hidden_size * self._dtype.itemsize
+
+    def _activations(self, index: int) -> ActivationFile:
+        """Return the file of block `index`'s inputs."""
+        path = self._folder / f"activations.{index % 2}"
+        return ActivationFile(path, self._tokens.shape[1], self._source.config.hidden_size, self._dtype)

@@ -1,0 +1,169 @@
+"""Plain-text tables for the terminal."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fptq.checkpoint import Checkpoint
+from fptq.errors import CheckpointError
+from fptq.evaluate.fidelity import Estimate
+
+_ROLES = {"qkv": "QKV", "dense": "Dense", "fc1": "FC1", "fc2": "FC2"}
+_SHORT = {"static per-tensor": "static", "dynamic per-token": "dynamic", "none": "float"}
+
+
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return an aligned table: the first column to the left, the others to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+
+    def align(line: list[str]) -> str:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([align(lines[0]), "  ".join("─" * w for w in widths), *map(align, lines[1:])])
+
+
+def plan_table(layers: dict[str, dict[str, Any]]) -> str:
+    """Return the plan layer by layer: ranges before and after LAE, scheme, and the measured signal-to-noise."""
+    header = ["layer", "input", "range", "after LAE", "activations", "group", "SQNR dB", "weights only"]
+    rows = []
+    for name, layer in layers.items():
+        equalized = layer["equalized_by"] is not None
+        rows.append(
+            [
+                name,
+                _ROLES[layer["role"]],
+                f"{layer['range_before']:.4g}",
+                f"{layer['range_after']:.4g}" if equalized else "·",
+                ("LAE + " if equalized else "") + _SHORT[layer["activation"]],
+                str(layer["group_size"]),
+                f"{layer['sqnr_db']:.1f}" if "sqnr_db" in layer else "·",
+                f"{layer['weight_sqnr_db']:.1f}" if "weight_sqnr_db" in layer else "·",
+            ]
+        )
+    return format_table(header, rows)
+
+
+def policy_table(layers: dict[str, dict[str, Any]]) -> str:
+    """Return how many layers of each role got which scheme."""
+    schemes = ["static", "LAE + static", "dynamic", "LAE + dynamic", "float"]
+    counts: dict[str, dict[str, int]] = {}
+    for layer in layers.values():
+        scheme = ("LAE + " if layer["equalized_by"] else "") + _SHORT[layer["activation"]]
+        row = counts.setdefault(_ROLES[layer["role"]], dict.fromkeys(schemes, 0))
+        row[scheme] += 1
+    shown = [s for s in schemes if any(row[s] for row in counts.values())]
+    return format_table(["input", *shown], [[role, *(str(row[s]) for s in shown)] for role, row in counts.items()])
+
+
+def range_table(layers: dict[str, dict[str, Any]], statistics: dict[str, np.ndarray]) -> str:
+    """Return the paper's Tables 8 and 9 for this model: smallest and largest channel maximum of each role.
+
+    Args:
+        layers: the plan by full layer name.
+        statistics: `<layer>.channel_max` before LAE, and `<layer>.channel_max_after` where there is one.
+    """
+    extremes: dict[str, list[np.ndarray]] = {}
+    for name, layer in layers.items():
+        before = statistics.get(f"{name}.channel_max")
+        if before is None:  # shares its input with a layer that has them
+            continue
+        after = statistics.get(f"{name}.channel_max_after", before)
+        row = np.array([[before.min(), before.max()], [after.min(), after.max()]])
+        extremes.setdefault(_ROLES[layer["role"]], []).append(row)
+    rows = []
+    for title, which in (("before LAE", 0), ("after LAE", 1)):
+        cells = [title]
+        for stacked in extremes.values():
+            cells.append(f"{min(r[which, 0] for r in stacked):.4g} / {max(r[which, 1] for r in stacked):.4g}")
+        rows.append(cells)
+    return format_table(["channel maxima (smallest / largest)", *extremes], rows)
+
+
+def load_statistics(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a checkpoint's statistics file; empty if there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as cause:
+        raise CheckpointError(f"{path}: can't be read ({cause}); --verify shows what else is damaged") from cause
+
+
+def checkpoint_summary(checkpoint: Checkpoint) -> str:
+    """Return size, bits a weight, recipe and calibration in a few lines."""
+    record = checkpoint.record
+    shards = {path for path, _ in checkpoint.tensors.values()}
+    layers = {name: record["layers"][name]["shape"] for name in checkpoint.schemes}
+    weights = sum(rows * columns for rows, columns in layers.values())
+    kinds = ("weight_packed", "weight_scale")
+    stored = sum(e.stop - e.start for n, (_, e) in checkpoint.tensors.items() if n.rpartition(".")[2] in kinds)
+    worst = sorted(record["layers"].items(), key=lambda item: item[1]["sqnr_db"])[:3]
+    calibration = record["calibration"]
+    recipe = record["recipe"]
+    return "\n".join(
+        [
+            f"{checkpoint.folder}: {sum(p.stat().st_size for p in shards) / 1e6:.1f} MB in {len(shards)} shard(s)",
+            f"  {weights / 1e6:.1f} M weights in int4, {8 * stored / weights:.2f} bits each with their scales; "
+            f"KV cache {'int8' if record['cache'] else 'float'}",
+            f"  recipe {recipe['name']}: group size {recipe['group_size']}, v0 {recipe['v0']:g}, v1 {recipe['v1']:g}, "
+            f"alpha {recipe['alpha']:g}",
+            f"  calibrated on {calibration['source']}: {calibration['samples']} samples of {calibration['length']} "
+            f"tokens, seed {calibration['seed']}, fingerprint {calibration['fingerprint'][:12]}",
+            "  least signal-to-noise: " + ", ".join(f"{name} {layer['sqnr_db']:.1f} dB" for name, layer in worst),
+        ]
+    )
+
+
+def accuracy_table(
+    quantized: dict[str, Estimate], reference: dict[str, Estimate] | None, comparison: dict[str, Estimate]
+) -> str:
+    """Return the metrics of both models side by side, each with its standard error."""
+    if reference is None:
+        return format_table(["", "quantized"], [[_label(m), format_estimate(e)] for m, e in quantized.items()])
+    rows = [
+        [
+            _label(metric),
+            format_estimate(reference[metric]),
+            format_estimate(e),
+            _difference(metric, reference[metric], e),
+        ]
+        for metric, e in quantized.items()
+    ]
+    rows += [[_label(metric), "", format_estimate(estimate), ""] for metric, estimate in comparison.items()]
+    return format_table(["", "float", "quantized", "difference"], rows)
+
+
+def _label(metric: str) -> str:
+    return {
+        "perplexity": "perplexity",
+        "lambada_accuracy": "LAMBADA accuracy",
+        "kl_divergence": "KL divergence (nats/token)",
+        "top1_agreement": "top-1 agreement",
+    }[metric]
+
+
+def format_estimate(estimate: Estimate) -> str:
+    """Return "value ± standard error"."""
+    error = "" if estimate.standard_error is None else f" ± {estimate.standard_error:.2g}"
+    return f"{estimate.value:.4g}{error}"
+
+
+def _difference(metric: str, base: Estimate, estimate: Estimate) -> str:
+    if metric == "perplexity":
+        return f"{100 * (estimate.value / base.value - 1):+.1f} %"
+    return f"{100 * (estimate.value - base.value):+.1f} points"
