@@ -94,7 +94,7 @@ def _find_shards(folder: Path) -> list[Path]:
     if pickles:
         raise ModelError(
             f"{folder}: has only pickle weights ({pickles[0]}), which can run code when they are opened. "
-            "Convert it once where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     raise ModelError(f"{folder}: no *.safetensors file in it; needed a Hugging Face model folder")
 

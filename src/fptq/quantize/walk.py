@@ -64,7 +64,7 @@ class CalibrationWalk:
                 if not bool(torch.isfinite(states).all()):
                     raise QuantizationError(
                         f"{self._source.block_name(index)}: its output has NaN or infinite values on calibration "
-                        f"samples {start} to {start + count - 1}; the model is damaged, or needs --compute-dtype float32"
+                        f"samples {start} to {start + count - 1}; the model is damaged or needs --compute-dtype float32"
                     )
                 if not last:
                     outputs.write(start, states)
