@@ -41,5 +41,5 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --editable '.[torch,dev]'
+	$(PIP) --editable '.[torch,hub,dev]'
 	touch $@

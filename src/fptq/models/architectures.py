@@ -58,10 +58,17 @@ class InputGroup:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row of the table: where the decoder blocks are, and what is in one (the same for all blocks)."""
+    """One row of the table.
+
+    Attributes:
+        blocks: the name of the list of decoder blocks.
+        describe: config → what is in one block (the same for all blocks).
+        renamed: prefixes of tensor names that are others in published files: (name in the module, name in files).
+    """
 
     blocks: str
     describe: Callable[[Any], list[InputGroup]]
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
@@ -220,7 +227,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm4": Architecture("model.layers", _glm),
     "bloom": Architecture("transformer.h", _bloom),
     "opt": Architecture("model.decoder.layers", _opt),
-    "gpt_neox": Architecture("gpt_neox.layers", _gpt_neox),
+    "gpt_neox": Architecture("gpt_neox.layers", _gpt_neox, renamed=(("lm_head.", "embed_out."),)),
     "falcon": Architecture("transformer.h", _falcon),
 }
 """The supported architectures by Hugging Face `model_type`."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -73,14 +74,16 @@ class FloatModel:
         return cls(location, config, skeleton, GGUFSource(location, skeleton, reader))
 
     def _match_names(self) -> dict[str, str]:
-        """Return the source's name of each tensor in the state dict; old files leave out the base model's prefix."""
+        """Return the source's name of each tensor in the state dict; files may leave out the base model's prefix."""
         prefix = f"{self.model.base_model_prefix}."
         shapes = self.source.shapes
         names, missing = {}, []
         for name, parameter in self.model.state_dict().items():
             if name in tied_names(self.model):
                 continue
-            found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in shapes), None)
+            spellings = [name, name.removeprefix(prefix), prefix + name]
+            spellings += [name.replace(ours, file, 1) for ours, file in self.architecture.renamed]
+            found = next((spelling for spelling in spellings if spelling in shapes), None)
             if found is None:
                 missing.append(name)
                 continue
@@ -185,11 +188,18 @@ class FloatModel:
         values.pop("_name_or_path", None)
         return {"architectures": [type(self.model).__name__], **values}
 
-    def companions(self) -> list[Path]:
-        """Return the tokenizer and generation files of a model folder, to be copied as they are."""
-        if self.location.is_file():
-            return []
-        return [self.location / name for name in _COMPANIONS if (self.location / name).is_file()]
+    def save_companions(self, folder: Path) -> None:
+        """Put tokenizer and generation files into `folder`: copies of the model folder's, or made from the GGUF."""
+        from transformers import GenerationConfig
+
+        if self.location.is_dir():
+            for name in _COMPANIONS:
+                if (self.location / name).is_file():
+                    shutil.copyfile(self.location / name, folder / name)
+            return
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        GenerationConfig.from_model_config(self.config).save_pretrained(folder)
 
 
 def _read_folder_config(folder: Path) -> Any:

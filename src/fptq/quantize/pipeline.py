@@ -308,7 +308,7 @@ class _Job:
 
         arrays = {key: array for part in blocks for key, array in np.load(writer.part(part, ".npz")).items()}
         write_durably(writer.final / STATISTICS_FILE, _npz_writer(arrays))
-        self._write_companions(writer.final)
+        source.save_companions(writer.final)
         config = {
             **{key: value for key, value in source.config_dict().items() if key != "torch_dtype"},
             "dtype": str(self.storage_dtype).removeprefix("torch."),
@@ -340,19 +340,6 @@ class _Job:
             int8_cache=self.recipe.quantize_activations,
             ignore=sorted(linear - set(schemes)),
         )
-
-    def _write_companions(self, folder: Path) -> None:
-        """Put tokenizer and generation files into the checkpoint, so that the folder is complete."""
-        from transformers import GenerationConfig
-
-        if self.source.location.is_dir():
-            for path in self.source.companions():
-                shutil.copyfile(path, folder / path.name)
-            return
-        tokenizer = self.source.tokenizer
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        GenerationConfig.from_model_config(self.source.config).save_pretrained(folder)
 
 
 def preview(

@@ -1,0 +1,143 @@
+"""The command line as a user meets it: output, files, exit codes, one-line errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+from tokens import save_tokenizer
+
+from fptq.cli import main
+from fptq.recipe import RECIPES
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_tiny(tmp_path_factory.mktemp("model"))
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("out") / "q"
+    arguments = ["quantize", str(model), "-o", str(folder), "--calibration", "random", "--group-size", "32"]
+    assert main([*arguments, "--samples", "4", "--length", "16", "--quiet"]) == 0
+    return folder
+
+
+def test_quantize_shows_progress_and_the_plan(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["quantize", str(model), "-o", str(tmp_path / "q"), "--calibration", "random", "--group-size", "32"]
+    assert main([*arguments, "--samples", "4", "--length", "16", "--recipe", "fptq-wide", "--v1", "200"]) == 0
+    shown = capsys.readouterr()
+    assert "left" in shown.err
+    for words in ("LAE + static", "channel maxima", "bits each", "fingerprint", "recipe fptq-wide", "v1 200"):
+        assert words in shown.out
+
+
+def test_inspect_a_checkpoint(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(checkpoint), "--verify", "--json", str(tmp_path / "plan.json")]) == 0
+    shown = capsys.readouterr().out
+    for words in ("files are as they were written", "model.layers.1.mlp.down_proj", "SQNR", "before LAE", "after LAE"):
+        assert words in shown
+    assert len(json.loads((tmp_path / "plan.json").read_text())["layers"]) == 14
+    assert main(["inspect", str(checkpoint), "--summary"]) == 0
+    assert "model.layers.0.mlp.gate_proj " not in capsys.readouterr().out
+
+
+def test_inspect_a_model_decides_the_same_and_writes_nothing(
+    model: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(model.iterdir())
+    plan = tmp_path / "plan.json"
+    arguments = ["inspect", str(model), "--samples", "4", "--length", "16", "--group-size", "32", "--json", str(plan)]
+    assert main(arguments) == 0
+    assert "channel maxima" in capsys.readouterr().out
+    assert sorted(model.iterdir()) == before
+    stored = json.loads((checkpoint / "fptq.json").read_text())["layers"]
+    for name, layer in json.loads(plan.read_text())["layers"].items():
+        assert layer == {key: stored[name][key] for key in layer}
+
+
+def test_evaluate_and_generate(
+    model: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i % 150}" for i in range(300)))
+    figures = tmp_path / "figures.json"
+    arguments = ["evaluate", str(checkpoint), "--reference", str(model), "--text", str(text), "--length", "32"]
+    assert main([*arguments, "--limit", "4", "--json", str(figures), "--quiet"]) == 0
+    assert "4 windows of 32 tokens" in capsys.readouterr().out
+    values = json.loads(figures.read_text())
+    assert {"reference", "quantized", "kl_divergence", "top1_agreement"} <= set(values)
+    assert main(["generate", str(checkpoint), "w1 w2 w3", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["quantize", "/nowhere", "-o", "{tmp}/q"], "no such folder or file"),
+        (["quantize", "{model}", "-o", "{model}", "--calibration", "random"], "didn't make"),
+        (["quantize", "{model}", "-o", "{tmp}/q", "--calibration", "random", "--samples", "0"], "0 samples"),
+        (["quantize", "{model}", "-o", "{tmp}/q", "--calibration", "{tmp}/none.txt"], "can't be read"),
+        (["quantize", "{model}", "-o", "{tmp}/q", "--v0", "200"], "0 <= v0 <= v1"),
+        (["inspect", "{model}", "--verify"], "needs a checkpoint folder"),
+        (["evaluate", "{checkpoint}"], "nothing to evaluate on"),
+        (["evaluate", "{model}", "--text", "x"], "no quantization_config"),
+        (["generate", "{checkpoint}", "w1", "--max-new-tokens", "0"], "max_new_tokens 0"),
+        (["generate", "{tmp}", "w1"], "not a finished checkpoint folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_1(
+    arguments: list[str],
+    match: str,
+    model: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    filled = [a.format(tmp=tmp_path, model=model, checkpoint=checkpoint) for a in arguments]
+    assert main(filled) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("fptq: error: ")
+    assert match in message
+    assert not list(tmp_path.glob("q*"))
+
+
+def test_wrong_usage_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["quantize", "demo"])
+    assert stop.value.code == 2
+    assert "-o" in capsys.readouterr().err
+
+
+def test_help_names_every_recipe_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    shown = capsys.readouterr().out
+    for words in (*RECIPES, "default: 128", "default: 512", "default: 15", "pile", "example"):
+        assert words in shown
+
+
+def test_interrupt_exits_130(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fptq.quantize.walk.CalibrationWalk.observe", interrupted)
+    assert (
+        main(["quantize", str(model), "-o", str(tmp_path / "q"), "--calibration", "random", "--group-size", "32"])
+        == 130
+    )
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_missing_torch_is_named(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from fptq.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "quantize", "demo", "-o", str(tmp_path / "q")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "needs torch: pip install 'fptq[torch]'" in run.stderr
+    assert "Traceback" not in run.stderr

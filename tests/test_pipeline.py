@@ -1,0 +1,395 @@
+"""Quantizing a model: results, resuming, and what bad input leaves behind (nothing)."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import VARIANTS, save_tiny, token_ids
+
+from fptq import numerics
+from fptq.checkpoint import RECORD_FILE, Checkpoint
+from fptq.errors import CalibrationError, FPTQError, ModelError, OutputError, QuantizationError
+from fptq.evaluate.fidelity import ScoredModel, score_windows
+from fptq.integrations.transformers import load, new_cache
+from fptq.models.loading import FloatModel
+from fptq.quantize import CalibrationSpec, Options, pipeline, quantize
+from fptq.quantize.walk import CalibrationWalk
+from fptq.recipe import Activation, Recipe, get_recipe
+
+RANDOM = CalibrationSpec("random", samples=6, length=24)
+QUIET = Options(progress=False)
+SMALL_GROUPS = get_recipe("fptq", group_size=32)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize(str(llama), tmp_path_factory.mktemp("out") / "q", SMALL_GROUPS, RANDOM, QUIET)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("recipe", ["fptq", "fptq-wide", "rtn-w4a16"])
+def test_every_architecture_quantizes_and_stays_near_the_float_model(variant: str, recipe: str, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", variant, spread=0.5)
+    wanted = get_recipe(recipe, group_size=32, v0=2.0)
+    folder = quantize(str(model), tmp_path / "q", wanted, RANDOM, QUIET)
+    assert not (tmp_path / "q.partial").exists()
+    assert list(Checkpoint.open(folder).verify())
+    quantized, _ = load(folder)
+    reference = FloatModel.open(str(model)).load_all(torch.float32)
+    scores = score_windows(
+        {"reference": ScoredModel(reference), "quantized": ScoredModel(quantized, lambda: new_cache(quantized))},
+        token_ids(),
+        progress=False,
+    )
+    assert 0 < scores["kl_divergence"].value < 0.2
+
+
+def test_codes_are_the_rounded_equalized_weights(llama: Path, finished: Path) -> None:
+    checkpoint = Checkpoint.open(finished)
+    weights = load_file(llama / "model.safetensors")
+    statistics = np.load(finished / "fptq_statistics.npz")
+    equalized = 0
+    for name, layer in checkpoint.record["layers"].items():
+        linear = checkpoint.read_linear(name)
+        weight = weights[f"{name}.weight"].numpy()
+        first = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
+        before = statistics[f"{first}.channel_max"]
+        if layer["equalized_by"]:
+            equalized += 1
+            after = np.log2(2 + before.astype(np.float64))
+            np.testing.assert_allclose(statistics[f"{first}.channel_max_after"], after, rtol=1e-5)
+            weight = (weight * (before / after)).astype(np.float32)
+        codes, scales = numerics.quantize_weight(weight, 32)
+        assert (linear.codes != codes).mean() < 1e-3  # s was rounded to float32: a tie may fall to the other side
+        np.testing.assert_allclose(linear.scales, scales, rtol=2.0**-7)
+        if linear.activation is Activation.STATIC:
+            assert linear.input_scale == pytest.approx(layer["range_after"] / 127, rel=2.0**-8)
+    assert equalized
+    assert {layer["activation"] for layer in checkpoint.record["layers"].values()} == {
+        "static per-tensor",
+        "dynamic per-token",
+    }
+
+
+def test_kv_scales_cover_keys_after_rotary_and_values(llama: Path, finished: Path) -> None:
+    """An independent look: what the model itself puts into a transformers cache."""
+    from transformers import DynamicCache
+
+    source = FloatModel.open(str(llama))
+    data = pipeline.load_calibration(RANDOM, source.tokenizer, source.config.vocab_size)
+    cache = DynamicCache()
+    with torch.no_grad():
+        source.load_all(torch.float32)(torch.from_numpy(data.tokens), past_key_values=cache, use_cache=True)
+    scales = Checkpoint.open(finished).cache_scales()
+    for i, layer in enumerate(cache.layers):
+        stored = scales[f"model.layers.{i}.self_attn"]
+        assert stored.key == pytest.approx(float(layer.keys.abs().max()) / 127, rel=2.0**-7)
+        assert stored.value == pytest.approx(float(layer.values.abs().max()) / 127, rel=2.0**-7)
+
+
+def test_signal_to_noise_is_measured_on_the_layer(finished: Path) -> None:
+    layers = Checkpoint.open(finished).record["layers"]
+    for layer in layers.values():
+        assert 5 < layer["sqnr_db"] <= layer["weight_sqnr_db"] + 0.5
+        assert layer["weight_sqnr_db"] < 40
+
+
+def test_options_change_something(llama: Path, finished: Path, tmp_path: Path) -> None:
+    def made(
+        recipe: Recipe = SMALL_GROUPS, spec: CalibrationSpec = RANDOM, options: Options = QUIET
+    ) -> dict[str, bytes]:
+        shutil.rmtree(tmp_path / "q", ignore_errors=True)
+        return files(quantize(str(llama), tmp_path / "q", recipe, spec, options))
+
+    base = files(finished)
+    assert made() == base
+    for changed in (
+        made(get_recipe("fptq", group_size=64)),
+        made(get_recipe("fptq", group_size=32, v0=60)),
+        made(get_recipe("fptq", group_size=32, v1=20)),
+        made(get_recipe("fptq", group_size=32, alpha=0.5)),
+        made(get_recipe("fptq", group_size=32, skip=("*.down_proj",))),
+        made(spec=CalibrationSpec("random", samples=5, length=24)),
+        made(spec=CalibrationSpec("random", samples=6, length=25)),
+        made(spec=CalibrationSpec("random", samples=6, length=24, seed=1)),
+        made(options=Options(compute_dtype="bfloat16", progress=False)),
+        made(options=Options(storage_dtype="bfloat16", progress=False)),
+    ):
+        assert changed["model.safetensors"] != base["model.safetensors"]
+
+
+def test_skipped_layers_stay_float(llama: Path, tmp_path: Path) -> None:
+    recipe = get_recipe("fptq", group_size=32, skip=("model.layers.1.mlp.*", "*.o_proj"))
+    folder = quantize(str(llama), tmp_path / "q", recipe, RANDOM, QUIET)
+    checkpoint = Checkpoint.open(folder)
+    assert "model.layers.1.mlp.down_proj.weight" in checkpoint.float_tensors()
+    assert "model.layers.1.mlp.down_proj" in checkpoint.config["quantization_config"]["ignore"]
+    assert "model.layers.0.mlp.down_proj" in checkpoint.schemes
+    load(folder)
+
+
+def test_sharded_and_bfloat16_sources_give_the_same(llama: Path, finished: Path, tmp_path: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    sharded = shutil.copytree(llama, tmp_path / "sharded")
+    (sharded / "model.safetensors").unlink()
+    names = sorted(weights)
+    index = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{i + 1:05d}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, sharded / file)
+        index |= dict.fromkeys(part, file)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    again = quantize(str(sharded), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    assert files(again)["model.safetensors"] == files(finished)["model.safetensors"]
+
+    half = save_tiny(tmp_path / "half", num_hidden_layers=1, dtype=torch.bfloat16)
+    folder = quantize(str(half), tmp_path / "h", SMALL_GROUPS, RANDOM, QUIET)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert Checkpoint.open(folder).tensors["model.embed_tokens.weight"][1].dtype.name == "bfloat16"
+
+
+def test_the_same_command_again_changes_nothing(llama: Path, tmp_path: Path) -> None:
+    folder = quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+    with pytest.raises(OutputError, match="another job; --overwrite"):
+        quantize(str(llama), tmp_path / "q", get_recipe("fptq", group_size=64), RANDOM, QUIET)
+    quantize(str(llama), tmp_path / "q", get_recipe("rtn-w4a16"), RANDOM, Options(overwrite=True, progress=False))
+    assert Checkpoint.open(folder).record["recipe"]["name"] == "rtn-w4a16"
+
+
+class KilledError(BaseException):
+    """Ends a run as abruptly as a signal would, as far as Python code can see."""
+
+
+@pytest.mark.parametrize("where", ["observe", "part", "record", "statistics", "journal", "merge", "rename"])
+def test_interrupted_anywhere_and_resumed_is_bit_identical(
+    where: str, llama: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "q"
+
+    def breaking(original: Callable[..., object], at: Callable[..., bool]) -> Callable[..., object]:
+        def broken(*args: object, **kwargs: object) -> object:
+            if at(*args):
+                raise KilledError
+            return original(*args, **kwargs)
+
+        return broken
+
+    with monkeypatch.context() as patch:
+        if where == "observe":
+            original = CalibrationWalk.observe
+            patch.setattr(CalibrationWalk, "observe", breaking(original, lambda _self, index, *_: index == 2))
+        elif where in ("merge", "rename"):
+            writer = pipeline.CheckpointWriter
+            if where == "merge":
+                patch.setattr("fptq.checkpoint.merge_shards", breaking(lambda *_: None, lambda *_: True))
+            else:
+                patch.setattr(Path, "rename", breaking(Path.rename, lambda path, *_: path.name == "final"))
+            assert writer
+        else:
+            suffix = {
+                "part": "00002.safetensors",
+                "record": "00002.json",
+                "statistics": "00002.npz",
+                "journal": "journal.json",
+            }
+            reached = {"count": 0}
+
+            def at(path: Path, *_: object) -> bool:
+                hit = path.name.endswith(suffix[where])
+                reached["count"] += hit
+                return hit and (where != "journal" or reached["count"] == 3)
+
+            for module in ("fptq.shards.write_durably", "fptq.quantize.pipeline.write_durably"):
+                patch.setattr(module, breaking(pipeline.write_durably, at))
+        with pytest.raises(KilledError):
+            quantize(str(llama), target, SMALL_GROUPS, RANDOM, QUIET)
+    assert not target.exists()
+    assert (tmp_path / "q.partial").exists()
+    with pytest.raises(FPTQError):
+        Checkpoint.open(tmp_path / "q.partial")
+    quantize(str(llama), target, SMALL_GROUPS, RANDOM, QUIET)
+    assert files(target) == files(finished)
+    assert not (tmp_path / "q.partial").exists()
+
+
+def test_killed_process_resumes_bit_identical(llama: Path, finished: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from fptq.quantize import *; from fptq.recipe import get_recipe; "
+        "quantize(sys.argv[1], sys.argv[2], get_recipe('fptq', group_size=32), "
+        "CalibrationSpec('random', samples=6, length=24), Options(progress=False))"
+    )
+    command = [sys.executable, "-c", script, str(llama), str(tmp_path / "q")]
+    process = subprocess.Popen(command)
+    journal = tmp_path / "q.partial" / "journal.json"
+    while process.poll() is None and not (journal.exists() and json.loads(journal.read_text())["next_block"] >= 1):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "q").exists()
+    subprocess.run(command, check=True)
+    # another process may cut its sums differently: what must agree is this machine's same command
+    assert files(tmp_path / "q").keys() == files(finished).keys()
+    subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True)
+    assert files(tmp_path / "q") == files(tmp_path / "whole")
+
+
+def test_a_started_job_of_another_kind_is_not_mixed_up(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CalibrationWalk, "observe", stop)
+        with pytest.raises(KilledError):
+            quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    with pytest.raises(OutputError, match="another recipe"):
+        quantize(str(llama), tmp_path / "q", get_recipe("fptq", group_size=64), RANDOM, QUIET)
+    options = Options(overwrite=True, progress=False)
+    quantize(str(llama), tmp_path / "q", get_recipe("fptq", group_size=64), RANDOM, options)
+
+
+def spoil_weight(folder: Path, name: str, value: float) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name][0] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_a_late_weight_names_the_tensor_and_leaves_nothing(value: float, llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    spoil_weight(model, "model.layers.3.mlp.up_proj.weight", value)
+    with pytest.raises(ModelError, match=r"'model\.layers\.3\.mlp\.up_proj\.weight' has 64 values that are NaN"):
+        quantize(str(model), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_overflowing_activations_are_refused(llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    spoil_weight(model, "model.layers.1.mlp.up_proj.weight", 3e38)
+    with pytest.raises(QuantizationError, match=r"model\.layers\.1.*NaN or infinite"):
+        quantize(str(model), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_unusable_models_are_refused(llama: Path, tmp_path: Path) -> None:
+    def attempt(match: str) -> None:
+        with pytest.raises(ModelError, match=match):
+            quantize(str(tmp_path / "model"), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith("q")]
+
+    attempt("no such folder or file")
+    model = tmp_path / "model"
+    model.mkdir()
+    attempt(r"no config\.json")
+    shutil.copy(llama / "config.json", model)
+    attempt(r"no \*\.safetensors")
+    (model / "pytorch_model.bin").write_bytes(b"x")
+    attempt("only pickle weights.*from_pretrained")
+    whole = (llama / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:-1])
+    attempt("damaged or its download was cut off")
+    weights = load_file(llama / "model.safetensors")
+    del weights["model.layers.2.self_attn.o_proj.weight"]
+    save_file(weights, model / "model.safetensors")
+    attempt(r"1 tensors are missing, the first is 'model\.layers\.2\.self_attn\.o_proj\.weight'")
+    weights["model.layers.2.self_attn.o_proj.weight"] = torch.zeros(3, 3)
+    save_file(weights, model / "model.safetensors")
+    attempt(r"shape \[3, 3\], the config needs \[64, 64\]")
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "missing.safetensors"}}')
+    attempt("1 of 1 shards are missing")
+    (model / "config.json").write_text("{")
+    attempt(r"config\.json: can't be read")
+
+
+def test_a_checkpoint_is_not_quantized_again(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="already quantized"):
+        quantize(str(finished), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+
+
+def test_damaged_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(ModelError, match="no complete GGUF"):
+        quantize(str(tmp_path / "model.gguf"), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+
+
+def test_impossible_group_size_leaves_nothing(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", intermediate_size=72)
+    with pytest.raises(QuantizationError, match="in_features 72"):
+        quantize(str(model), tmp_path / "q", "fptq", RANDOM, QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_calibration_without_tokenizer_points_to_random(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text")
+    with pytest.raises(CalibrationError, match="random"):
+        quantize(str(llama), tmp_path / "q", SMALL_GROUPS, CalibrationSpec(str(tmp_path / "text.txt")), QUIET)
+
+
+def test_occupied_output_is_refused_and_untouched(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "thesis.tex").write_text("precious")
+    for options in (QUIET, Options(overwrite=True, progress=False)):
+        with pytest.raises(OutputError, match="didn't make"):
+            quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, options)
+    assert (tmp_path / "q" / "thesis.tex").read_text() == "precious"
+
+
+def test_too_small_a_disk_is_noticed_before_work(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(OutputError, match=r"0\.00 GB free.*needed"):
+        quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_a_job_to_go_on_with(
+    llama: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int) -> None:
+        if (tmp_path / "q.partial" / "parts" / "block-00001.npz").exists():
+            raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match="No space left"):
+            quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    assert not (tmp_path / "q").exists()
+    assert files(quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)) == files(finished)
+
+
+def test_two_processes_do_not_share_a_working_folder(llama: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    with FileLock(tmp_path / "q.partial.lock"), pytest.raises(OutputError, match="another fptq process"):
+        quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+
+
+def test_half_done_folder_is_no_checkpoint(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    (folder / RECORD_FILE).unlink()
+    (folder / "config.json").unlink()
+    with pytest.raises(FPTQError, match="not a finished checkpoint"):
+        Checkpoint.open(folder)

@@ -1,0 +1,187 @@
+"""Checkpoints as transformers models: the linears, the int8 cache, generation, and what doesn't fit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_tiny, token_ids
+from tokens import save_tokenizer
+
+from fptq import numerics
+from fptq.checkpoint import Checkpoint, KVScales, seal
+from fptq.errors import CheckpointError, GenerationError
+from fptq.integrations.transformers import (
+    Int8CacheLayer,
+    Int8SlidingCacheLayer,
+    W4A8Linear,
+    generate,
+    load,
+    new_cache,
+)
+from fptq.quantize import CalibrationSpec, Options, quantize
+from fptq.recipe import get_recipe
+
+RANDOM = CalibrationSpec("random", samples=4, length=24)
+
+
+def checkpoint_of(folder: Path, variant: str, recipe: str = "fptq", **changes: object) -> Path:
+    model = save_tiny(folder / "model", variant, **changes)
+    save_tokenizer(model, chat=True)
+    wanted = get_recipe(recipe, group_size=32)
+    return quantize(str(model), folder / "q", wanted, RANDOM, Options(progress=False))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint_of(tmp_path_factory.mktemp("llama"), "llama-bias-untied", spread=0.5)
+
+
+def test_linears_compute_the_reference_on_the_files_integers(llama: Path) -> None:
+    model, _ = load(llama)
+    checkpoint = Checkpoint.open(llama)
+    x = np.random.default_rng(0).normal(size=(2, 5, 64)).astype(np.float32)
+    for name in checkpoint.schemes:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, W4A8Linear)
+        linear = checkpoint.read_linear(name)
+        inputs = np.resize(x, (2, 5, linear.codes.shape[1]))
+        wanted = numerics.w4a8_linear(
+            inputs.reshape(10, -1),
+            numerics.group_codes(linear.codes, 32),
+            linear.scales.T,
+            linear.activation,
+            linear.input_scale,
+            checkpoint.read(f"{name}.bias").astype(np.float32),
+        )
+        got = layer(torch.from_numpy(inputs)).numpy().reshape(10, -1)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_every_tensor_is_in_float32_memory_and_none_on_meta(llama: Path) -> None:
+    model, _ = load(llama)
+    assert all(not t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-sliding", "gemma3", "bloom", "opt", "falcon-40b", "gpt_neox"])
+def test_decoding_token_by_token_equals_prefill(variant: str, tmp_path: Path) -> None:
+    """Codes enter the cache once and are read back the same, also behind a sliding window."""
+    model, _ = load(checkpoint_of(tmp_path, variant, spread=0.5))
+    ids = token_ids(2, 20)
+    whole = new_cache(model)
+    assert whole is not None
+    with torch.no_grad():
+        at_once = model(ids, past_key_values=whole, use_cache=True).logits
+        cache = new_cache(model)
+        one_by_one = [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(20)]
+    assert cache.layers[0].keys.dtype is torch.int8
+    got = torch.cat(one_by_one, dim=1)
+    # Both compute the same numbers up to float32 rounding in attention, which can move a value over a rounding
+    # boundary of the next layer's activations: then one code differs by one step, 1/127 of that layer's range.
+    assert float((got - at_once).abs().median()) <= 1e-5 * float(at_once.abs().max())
+    assert float((got - at_once).abs().max()) <= 0.05 * float(at_once.abs().max())
+
+
+def test_cache_really_rounds_to_its_steps() -> None:
+    layer = Int8CacheLayer(KVScales(0.1, 0.2))
+    states = torch.tensor([[[[0.04, 0.16, 99.0]]]])
+    keys, values = layer.update(states, states)
+    torch.testing.assert_close(keys, torch.tensor([[[[0.0, 0.2, 12.7]]]]))
+    torch.testing.assert_close(values, torch.tensor([[[[0.0, 0.2, 25.4]]]]))
+    assert layer.keys.dtype is layer.values.dtype is torch.int8
+    keys, _ = layer.update(states, states)
+    assert keys.shape == (1, 1, 2, 3)
+
+
+def test_sliding_layers_keep_their_window_only(tmp_path: Path) -> None:
+    model, _ = load(checkpoint_of(tmp_path, "mistral-sliding"))
+    cache = new_cache(model)
+    with torch.no_grad():
+        model(token_ids(1, 20), past_key_values=cache, use_cache=True)
+    assert isinstance(cache.layers[0], Int8SlidingCacheLayer)
+    assert cache.layers[0].keys.shape[2] == 7
+
+
+def test_weight_only_checkpoints_keep_a_float_cache(tmp_path: Path) -> None:
+    model, _ = load(checkpoint_of(tmp_path, "llama", "rtn-w4a16"))
+    assert new_cache(model) is None
+
+
+def test_greedy_text_is_repeatable_and_streamed(llama: Path) -> None:
+    model, tokenizer = load(llama)
+    pieces: list[str] = []
+    text = generate(model, tokenizer, "w3 w4 w5", max_new_tokens=8, on_text=pieces.append)
+    assert text == generate(model, tokenizer, "w3 w4 w5", max_new_tokens=8)
+    assert "".join(pieces).split() == text.split()
+    assert text.strip()
+
+
+def test_sampling_obeys_its_seed(llama: Path) -> None:
+    model, tokenizer = load(llama)
+    first, again, other = (
+        generate(model, tokenizer, "w3 w4", max_new_tokens=12, temperature=2.0, seed=s) for s in (1, 1, 2)
+    )
+    assert first == again != other
+    assert first != generate(model, tokenizer, "w3 w4", max_new_tokens=12, temperature=2.0, top_p=1e-6, seed=1)
+
+
+def test_chat_uses_the_template(llama: Path) -> None:
+    model, tokenizer = load(llama)
+    prompt = tokenizer("w1 w9 w2", add_special_tokens=False, return_tensors="pt")  # the template has no <bos>
+    output = model.generate(**prompt, max_new_tokens=6, do_sample=False, past_key_values=new_cache(model))
+    wanted = tokenizer.decode(output[0, 3:], skip_special_tokens=True)
+    assert generate(model, tokenizer, "w9", chat=True, max_new_tokens=6) == wanted
+    tokenizer.chat_template = None
+    with pytest.raises(GenerationError, match="no chat template"):
+        generate(model, tokenizer, "w9", chat=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 300}]
+)
+def test_impossible_options_are_refused(llama: Path, options: dict[str, float]) -> None:
+    model, tokenizer = load(llama)
+    with pytest.raises(GenerationError):
+        generate(model, tokenizer, "w1", **options)
+
+
+def rewrite_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def test_config_of_another_model_is_refused(llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "q")
+    rewrite_config(folder, intermediate_size=128)
+    with pytest.raises(CheckpointError, match="the config makes it"):
+        load(folder)
+    rewrite_config(folder, intermediate_size=96, vocab_size=200)
+    with pytest.raises(CheckpointError, match=r"'(lm_head|model\.embed_tokens)\.weight' is \[160, 64\]"):
+        load(folder)
+    rewrite_config(folder, vocab_size=160, attention_bias=False)
+    with pytest.raises(CheckpointError, match=r"q_proj\.bias|k_proj\.bias"):
+        load(folder)
+    rewrite_config(folder, attention_bias=True, num_hidden_layers=1)
+    with pytest.raises(CheckpointError):
+        load(folder)
+
+
+def test_foreign_checkpoint_without_our_record_loads(llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "q")
+    (folder / "fptq.json").unlink()
+    (folder / "fptq_statistics.npz").unlink()
+    with torch.no_grad():
+        ours, theirs = (load(f)[0](token_ids(1, 8)).logits for f in (llama, folder))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_record_without_a_layer_is_refused(llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "q")
+    record = json.loads((folder / "fptq.json").read_text())
+    record["layers"].popitem()
+    (folder / "fptq.json").write_text(json.dumps(seal(record)))
+    with pytest.raises(CheckpointError, match="disagree about layer"):
+        load(folder)
