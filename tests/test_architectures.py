@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import VARIANTS, save_tiny, token_ids
 from torch import nn
 
 from fptq.errors import ArchitectureError
@@ -15,6 +14,7 @@ from fptq.quantize.equalize import equalize_
 from fptq.quantize.policy import decide
 from fptq.quantize.walk import CalibrationWalk
 from fptq.recipe import Recipe
+from tiny import VARIANTS, save_tiny, token_ids
 
 EQUALIZE_EVERYTHING = Recipe("all", v0=0.0, v1=1e30, fuse_into_linear=True)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokens import save_tokenizer
 
 from fptq.errors import CalibrationError
 from fptq.models.text import beginning_of_sequence, hub_documents, hub_text
 from fptq.quantize.calibration import CalibrationSpec, load_calibration
+from tokens import save_tokenizer
 
 
 @pytest.fixture
@@ -127,5 +127,5 @@ def test_hub_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unreachable_hub_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="the extra 'hub' is not installed")
-    with pytest.raises(CalibrationError, match="can't be fetched from the Hub.*random"):
+    with pytest.raises(CalibrationError, match=r"can't be fetched from the Hub.*random"):
         load_calibration(spec("nobody/nothing"), save_tokenizer(tmp_path), 160)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -29,16 +32,15 @@ from fptq.checkpoint import (
     quantization_config,
     seal,
 )
-from fptq.errors import CheckpointError, FPTQError, OutputError
-from fptq.numerics import round_to_bfloat16
+from fptq.errors import CheckpointError, OutputError
+from fptq.numerics import quantize_weight, round_to_bfloat16
 from fptq.recipe import Activation
 from fptq.shards import read_header, read_tensor, write_json, write_shard
 
 BLOCKS = 2
-Q, O, DOWN = "self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"
-Q0, Q1 = f"model.layers.0.{Q}", f"model.layers.1.{Q}"
-O0, O1 = f"model.layers.0.{O}", f"model.layers.1.{O}"
-DOWN0, DOWN1 = f"model.layers.0.{DOWN}", f"model.layers.1.{DOWN}"
+Q0, Q1 = (f"model.layers.{i}.self_attn.q_proj" for i in range(BLOCKS))
+O0, O1 = (f"model.layers.{i}.self_attn.o_proj" for i in range(BLOCKS))
+DOWN0, DOWN1 = (f"model.layers.{i}.mlp.down_proj" for i in range(BLOCKS))
 ATTENTION = "model.layers.0.self_attn"
 SCHEMES = {
     Q0: LayerScheme(32, Activation.STATIC),
@@ -61,7 +63,9 @@ def make_linear(scheme: LayerScheme, seed: int) -> QuantizedLinear:
     codes = random.integers(-8, 8, (OUT_FEATURES, IN_FEATURES)).astype(np.int8)
     scales = random.uniform(1e-3, 1e-1, (OUT_FEATURES, IN_FEATURES // scheme.group_size)).astype(np.float32)
     static = scheme.activation is Activation.STATIC
-    return QuantizedLinear(codes, round_to_bfloat16(scales), scheme.activation, 0.0078125 * (seed + 3) if static else None)
+    return QuantizedLinear(
+        codes, round_to_bfloat16(scales), scheme.activation, 0.0078125 * (seed + 3) if static else None
+    )
 
 
 LINEARS = {name: make_linear(scheme, seed) for seed, (name, scheme) in enumerate(SCHEMES.items())}
@@ -71,7 +75,12 @@ NORM = np.random.default_rng(8).standard_normal(IN_FEATURES).astype(np.float32)
 
 
 def make_config(**changes: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {"blocks": "model.layers", "block_count": BLOCKS, "int8_cache": True, "ignore": ["lm_head"]}
+    values: dict[str, Any] = {
+        "blocks": "model.layers",
+        "block_count": BLOCKS,
+        "int8_cache": True,
+        "ignore": ["lm_head"],
+    }
     return {"model_type": "llama", "quantization_config": quantization_config(SCHEMES, **{**values, **changes})}
 
 
@@ -176,6 +185,16 @@ def test_scales_in_another_float_type_are_the_same_numbers(folder: Path, dtype: 
     assert checkpoint.cache_scales() == CACHE
 
 
+@pytest.mark.parametrize("largest", [1e30, 1e-3, 1e-30, 1e-38, 1e-39, 1e-44])
+def test_every_scale_that_quantizing_makes_survives_the_file(folder: Path, largest: float) -> None:
+    weight = np.random.default_rng(0).uniform(-1, 1, (OUT_FEATURES, IN_FEATURES)).astype(np.float32)
+    weight[0] *= np.float32(largest)
+    codes, scales = quantize_weight(weight, 32)
+    linear = QuantizedLinear(codes, scales, Activation.STATIC, LINEARS[Q0].input_scale)
+    change_tensors(folder, lambda tensors: tensors.update(linear_tensors(Q0, linear)))
+    np.testing.assert_array_equal(Checkpoint.open(folder).read_linear(Q0).scales, scales)
+
+
 def test_without_a_record_a_checkpoint_opens_but_has_nothing_to_verify(folder: Path) -> None:
     (folder / RECORD_FILE).unlink()
     checkpoint = Checkpoint.open(folder)
@@ -202,14 +221,20 @@ def test_no_folder_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
         (lambda t: t.pop(f"{Q0}.weight_shape"), f"'{Q0}.weight_shape' is missing"),
         (lambda t: t.pop(f"{Q0}.input_scale"), f"'{Q0}.input_scale' is missing"),
         (lambda t: t.update({f"{DOWN0}.input_scale": np.ones(1, np.float32)}), f"{DOWN0} has an input_scale"),
-        (lambda t: t.update({"model.x.weight_scale": np.ones((1, 1), np.float32)}), "'model.x.weight_scale' belongs to"),
+        (
+            lambda t: t.update({"model.x.weight_scale": np.ones((1, 1), np.float32)}),
+            "'model.x.weight_scale' belongs to",
+        ),
         (lambda t: t.update({"model.x.input_scale": np.ones(1, np.float32)}), "'model.x.input_scale' belongs to"),
         (lambda t: t.update(linear_tensors("model.x", LINEARS[Q0])), "0 config groups target layer 'model.x'"),
         (lambda t: t.update({f"{Q0}.weight_packed": t[f"{Q0}.weight_packed"].astype(np.int64)}), "is int64 .*int32"),
         (lambda t: t.update({f"{Q0}.weight_packed": t[f"{Q0}.weight_packed"][:-1]}), f"'{Q0}.weight_packed' is int32"),
         (lambda t: t.update({f"{Q0}.weight_packed": t[f"{Q0}.weight_packed"][:, :-1]}), f"'{Q0}.weight_packed' is"),
         (lambda t: t.update({f"{Q0}.weight_packed": t[f"{Q0}.weight_packed"].reshape(-1)}), f"'{Q0}.weight_packed' is"),
-        (lambda t: t.update({f"{Q0}.weight_scale": t[f"{Q0}.weight_scale"][:, :-1]}), f"'{Q0}.weight_scale' is bfloat16"),
+        (
+            lambda t: t.update({f"{Q0}.weight_scale": t[f"{Q0}.weight_scale"][:, :-1]}),
+            f"'{Q0}.weight_scale' is bfloat16",
+        ),
         (lambda t: t.update({f"{Q0}.weight_scale": t[f"{Q0}.weight_scale"].T}), f"'{Q0}.weight_scale' is bfloat16"),
         (lambda t: t.update({f"{Q0}.weight_scale": np.ones((6, 4), np.int8)}), "is int8 .*needed a float type"),
         (lambda t: t.update({f"{Q0}.weight_shape": np.array([6, 128], np.int32)}), f"'{Q0}.weight_shape' is int32"),
@@ -229,7 +254,10 @@ def test_no_folder_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
         (lambda t: t.update({f"{ATTENTION}.v_scale": np.array([np.nan], np.float32)}), f"'{ATTENTION}.v_scale' is nan"),
         (lambda t: t.update({f"{ATTENTION}.v_scale": np.ones(2, np.float32)}), f"'{ATTENTION}.v_scale' is float32"),
         (lambda t: t.pop(f"{ATTENTION}.k_scale"), "k_scale and v_scale tensors don't match"),
-        (lambda t: [t.pop(n) for n in list(t) if n.endswith((".k_scale", ".v_scale"))], "kv_cache_scheme and the k_scale"),
+        (
+            lambda t: [t.pop(n) for n in list(t) if n.endswith((".k_scale", ".v_scale"))],
+            "kv_cache_scheme and the k_scale",
+        ),
         (lambda t: t.clear(), "no layer in the shards|disagree about layer"),
     ],
 )
@@ -284,11 +312,14 @@ def change_activations(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (lambda c: c.update(quantization_config=[]), "quantization_config is malformed"),
         (lambda c: c.update(quantization_config="int4"), "quantization_config is malformed"),
         (lambda c: c["quantization_config"].pop("format"), "quantization_config is malformed"),
-        (change_targets(lambda t: t.append("model.layers.7.mlp")), "no layer .* for config target 'model.layers.7.mlp'"),
+        (
+            change_targets(lambda t: t.append("model.layers.7.mlp")),
+            "no layer .* for config target 'model.layers.7.mlp'",
+        ),
         (change_targets(lambda t: t.append(r"re:.*\.nothing$")), r"no layer .* for config target 're:.*nothing\$'"),
         (change_targets(lambda t: t.append("re:.*")), f"2 config groups target layer '{re.escape(DOWN0)}'"),
         (change_targets(lambda t: t.append(DOWN1)), f"2 config groups target layer '{re.escape(DOWN1)}'"),
-        (change_targets(lambda t: t.clear()), f"0 config groups target layer '{re.escape(O0)}'"),
+        (change_targets(lambda t: t.clear()), f"0 config groups target layer '{re.escape(O1)}'"),
         (change_targets(lambda t: t.append("re:(")), "quantization_config is malformed"),
         (change_targets(lambda t: t.append(3)), "quantization_config is malformed"),
         (change_group(0, num_bits=8), "are not int4, symmetric, in groups"),
@@ -296,8 +327,8 @@ def change_activations(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (change_group(0, strategy="channel"), "are not int4, symmetric, in groups"),
         (change_group(0, type="float"), "are not int4, symmetric, in groups"),
         (change_group(0, group_size=64), f"'{re.escape(O1)}.weight_scale' is bfloat16"),
-        (change_group(0, group_size=-32), f"{re.escape(O1)}"),
-        (change_group(0, group_size=None), "quantization_config is malformed"),
+        (change_group(0, group_size=-32), "group_size"),
+        (change_group(0, group_size=None), "group_size|malformed"),
         (change_activations(num_bits=4), "are neither static per-tensor nor dynamic per-token int8"),
         (change_activations(symmetric=False), "are neither static per-tensor nor dynamic per-token int8"),
         (change_activations(strategy="channel"), "are neither static per-tensor nor dynamic per-token int8"),
@@ -310,21 +341,10 @@ def change_activations(**changes: Any) -> Callable[[dict[str, Any]], None]:
             lambda c: c["quantization_config"]["config_groups"]["group_1"].update(input_activations=None),
             "has an input_scale, its scheme is none",
         ),
-        pytest.param(
-            change_group(0, group_size=0),
-            O1,
-            marks=pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="group_size 0 is divided by"),
-        ),
-        pytest.param(
-            change_group(0, group_size="many"),
-            "malformed",
-            marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="ValueError of int() isn't caught"),
-        ),
-        pytest.param(
-            change_quantization(kv_cache_scheme="int8"),
-            "kv_cache_scheme",
-            marks=pytest.mark.xfail(strict=True, raises=AttributeError, reason="kv_cache_scheme's type isn't checked"),
-        ),
+        (change_group(0, group_size=0), "group_size"),
+        (change_group(0, group_size="many"), "group_size"),
+        (change_group(0, group_size=32.5), "group_size"),
+        (change_quantization(kv_cache_scheme="int8"), "malformed|kv_cache_scheme"),
     ],
 )
 def test_a_config_that_contradicts_the_tensors_is_refused(
@@ -374,6 +394,14 @@ def test_an_edited_record_is_refused(folder: Path) -> None:
     del record["sha256"]
     write_json(folder / RECORD_FILE, record)
     with pytest.raises(CheckpointError, match="doesn't match its checksum"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.xfail(strict=True, raises=UnicodeEncodeError, reason="half a surrogate pair can't be hashed as UTF-8")
+def test_a_record_with_half_a_surrogate_pair_is_refused(folder: Path) -> None:
+    path = folder / RECORD_FILE
+    path.write_text(path.read_text(encoding="utf-8").replace("α", "\\ud800"), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=RECORD_FILE):
         Checkpoint.open(folder)
 
 
@@ -465,7 +493,8 @@ def test_parts_share_a_shard_up_to_the_limit(tmp_path: Path) -> None:
     writer, parts = start_writing(tmp_path / "working")
     sizes = [writer.part(part).stat().st_size for part in parts]
     shutil.rmtree(tmp_path / "working")
-    for limit, count in [(sum(sizes), 1), (sum(sizes) - 1, 2), (sum(sizes[:2]), 2), (sum(sizes[:2]) - 1, 3)]:
+    a_pair = min(sum(sizes[:2]), sum(sizes[1:]))
+    for limit, count in [(sum(sizes), 1), (sum(sizes) - 1, 2), (a_pair, 2), (a_pair - 1, 3)]:
         folder = write_checkpoint(tmp_path / f"{limit}", max_shard_bytes=limit)
         assert len(list(folder.glob("*.safetensors"))) == count
         assert (folder / INDEX_FILE).exists() == (count > 1)
@@ -494,16 +523,8 @@ FIRST = "model-00001-of-00003.safetensors"
         (lambda i: rename_in_index(i, FIRST, ".."), "can't be read"),
         (lambda i: rename_in_index(i, FIRST, ""), "can't be read"),
         (lambda i: i.update(weight_map=dict.fromkeys(i["weight_map"], 3)), "3 is no file name in this folder"),
-        pytest.param(
-            lambda i: rename_in_index(i, FIRST, [FIRST]),
-            "no file name in this folder",
-            marks=pytest.mark.xfail(strict=True, raises=TypeError, reason="a set is made of values of any type"),
-        ),
-        pytest.param(
-            lambda i: rename_in_index(i, FIRST, None),
-            "no file name in this folder",
-            marks=pytest.mark.xfail(strict=True, raises=TypeError, reason="values of any type are sorted"),
-        ),
+        (lambda i: rename_in_index(i, FIRST, [FIRST]), "is no file name in this folder"),
+        (lambda i: rename_in_index(i, FIRST, None), "None is no file name in this folder"),
         pytest.param(
             lambda i: rename_in_index(i, FIRST, "a\0b"),
             "no file name in this folder",
@@ -536,7 +557,7 @@ def test_a_missing_shard_and_a_tensor_in_two_shards_are_refused(sharded: Path) -
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
-class InterruptedError_(BaseException):
+class Killed(BaseException):
     """What no code of ours catches, as a kill."""
 
 
@@ -548,7 +569,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: i
     def function(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         if len(calls) == call:
-            raise InterruptedError_
+            raise Killed
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, function)
@@ -556,45 +577,52 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: i
 
 @pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
 @pytest.mark.parametrize(
-    ("owner", "name", "call"),
+    ("owner", "name"),
     [
-        (fptq.checkpoint, "merge_shards", 1),
-        (fptq.checkpoint, "merge_shards", 3),
-        (fptq.checkpoint, "write_json", 1),  # the index
-        (fptq.checkpoint, "write_json", 2),  # config.json
-        (fptq.checkpoint, "write_json", 3),  # the record
-        (fptq.shards, "write_durably", 4),  # called through write_json's own module
-        (shutil, "rmtree", 1),  # of the old checkpoint, or of the working folder
-        (Path, "rename", 1),
+        (fptq.checkpoint, "merge_shards"),
+        (fptq.checkpoint, "write_json"),
+        pytest.param(
+            *(Path, "replace"),  # leaves a temporary file
+            marks=pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="a stale shard.tmp is met twice"),
+        ),
+        (Path, "rename"),
+        (shutil, "rmtree"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_finish_may_be_repeated_after_an_interruption(
-    tmp_path: Path, sharded: Path, replacing: bool, owner: Any, name: str, call: int
+def test_finish_may_be_repeated_after_an_interruption_at_any_step(
+    tmp_path: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch, replacing: bool, owner: Any, name: str
 ) -> None:
-    destination = tmp_path / "destination"
-    if replacing:
-        shutil.copytree(sharded, destination)
-        (destination / "old").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    work = tmp_path / "work"
+    destination = work / "destination"
 
     def finish() -> None:
-        writer, parts = start_writing(tmp_path / "working")
+        writer, parts = start_writing(work / "destination.partial")
         writer.finish(destination, parts, make_config(), make_record(), max_shard_bytes=1)
 
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, owner, name, call)
-        with pytest.raises(InterruptedError_):
-            finish()
-    if (destination / RECORD_FILE).exists():
-        Checkpoint.open(destination)  # what has the name is complete: the old one or the new one
-    finish()
-    assert contents(destination) == contents(sharded)
-    assert not (tmp_path / "working").exists()
+    for call in itertools.count(1):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        if replacing:
+            shutil.copytree(sharded, destination)
+            (destination / "old").write_bytes(b"old")
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, owner, name, call)
+            try:
+                finish()
+                break  # there is no such call any more
+            except Killed:
+                pass
+        if destination.exists():
+            Checkpoint.open(destination)  # what has the name is complete: the old one or the new one
+        finish()
+        assert contents(destination) == contents(sharded)
+        assert [path.name for path in work.iterdir()] == ["destination"]
+    assert call > 1
 
 
-def test_a_full_disk_is_an_output_error_and_the_parts_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_an_output_error_and_the_parts_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer, parts = start_writing(tmp_path / "working")
 
     def fsync(_: int) -> None:
@@ -670,20 +698,27 @@ def test_compressed_tensors_accepts_the_config(int8_cache: bool) -> None:
     assert (config.kv_cache_scheme is not None) == int8_cache
     groups = list(config.config_groups.values())
     assert [(g.weights.group_size, g.input_activations.dynamic, g.targets) for g in groups] == targets(values)
-    assert {g.weights.strategy.value for g in groups} == {"group"}
-    assert [g.input_activations.strategy.value for g in groups] == ["token", "tensor", "token"]
+    assert [(g.weights.num_bits, g.weights.strategy) for g in groups] == [(4, "group")] * 3
+    assert [g.input_activations.strategy for g in groups] == ["token", "tensor", "token"]
     assert {g.format for g in groups} == {"pack-quantized"} == {config.format}
 
 
-# --- golden bytes -----------------------------------------------------------------------------------------------------
+# --- the page on the format -------------------------------------------------------------------------------------------
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "checkpoint.md"
+
+
+def fenced(language: str, before: str = "") -> str:
+    """Return the one block of a language on the page that follows the line `before`."""
+    [block] = re.findall(f"{before}```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    return block
 
 
 def golden_bytes() -> bytes:
     """Return the bytes that docs/checkpoint.md shows: offset, up to 16 bytes in hexadecimal, the same as text."""
-    page = (Path(__file__).parents[1] / "docs" / "checkpoint.md").read_text(encoding="utf-8")
-    [dump] = re.findall(r"<!-- golden bytes -->\n```text\n(.*?)```", page, re.DOTALL)
     found = b""
-    for line in dump.splitlines():
+    for line in fenced("text", before="<!-- golden bytes -->\n").splitlines():
         offset, digits, text = re.fullmatch(r"([0-9a-f]{4})  ((?:[0-9a-f]{2} ?)+?) *\|(.*)\|", line).groups()
         data = bytes.fromhex(digits)
         assert int(offset, 16) == len(found)
@@ -738,5 +773,20 @@ def test_the_documented_example_is_decoded_by_hand() -> None:
     assert codes == GOLDEN.codes.reshape(-1).tolist()
 
 
-def test_all_errors_are_fptq_errors() -> None:
-    assert issubclass(CheckpointError, FPTQError)
+def test_the_documented_config_is_ours() -> None:
+    static, dynamic = LayerScheme(128, Activation.STATIC), LayerScheme(128, Activation.DYNAMIC)
+    config = quantization_config(
+        {Q0: static, DOWN0: dynamic, Q1: static, DOWN1: static},
+        blocks="model.layers",
+        block_count=BLOCKS,
+        int8_cache=True,
+        ignore=["lm_head"],
+    )
+    assert json.loads(fenced("json"))["quantization_config"] == config
+
+
+def test_the_documented_seal_is_ours() -> None:
+    for record, sound in [(seal(make_record()), True), ({**seal(make_record()), "step": 2e-05}, False)]:
+        names = {"record": record, "json": json, "hashlib": hashlib}
+        exec(fenced("python"), names)
+        assert names["sealed"] is sound

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny
-from tokens import save_tokenizer
 
 from fptq.cli import main
 from fptq.recipe import RECIPES
+from tiny import save_tiny
+from tokens import save_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,16 @@ def test_scales_are_exact_in_bfloat16(values: np.ndarray) -> None:
     np.testing.assert_array_equal(scales, scales.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
+def test_tiny_inputs_get_the_scale_one_and_no_scale_is_subnormal() -> None:
+    tiny = np.array([1e-45, 1e-40, 1e-38, 1e-36, 1e-35], np.float32)
+    scales = numerics.scale_from_absmax(tiny, 8)
+    np.testing.assert_array_equal(scales, scales.astype(ml_dtypes.bfloat16).astype(np.float32))
+    assert (scales >= 2.0**-126).all()
+    codes, scales = numerics.quantize_weight(np.full((1, 32), 1e-40, np.float32), 32)
+    assert (codes == 0).all()
+    assert (scales == 1).all()
+
+
 def test_an_all_zero_input_has_the_scale_one() -> None:
     codes, scales = numerics.quantize_weight(np.zeros((2, 64), np.float32), 32)
     assert (codes == 0).all()

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import VARIANTS, save_tiny, token_ids
 
 from fptq import numerics
 from fptq.checkpoint import RECORD_FILE, Checkpoint
@@ -25,10 +24,15 @@ from fptq.models.loading import FloatModel
 from fptq.quantize import CalibrationSpec, Options, pipeline, quantize
 from fptq.quantize.walk import CalibrationWalk
 from fptq.recipe import Activation, Recipe, get_recipe
+from tiny import VARIANTS, save_tiny, token_ids
 
 RANDOM = CalibrationSpec("random", samples=6, length=24)
 QUIET = Options(progress=False)
 SMALL_GROUPS = get_recipe("fptq", group_size=32)
+
+
+class KilledError(BaseException):
+    """Ends a run as abruptly as a signal would, as far as Python code can see."""
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -60,7 +64,7 @@ def test_every_architecture_quantizes_and_stays_near_the_float_model(variant: st
         token_ids(),
         progress=False,
     )
-    assert 0 < scores["kl_divergence"].value < 0.2
+    assert 0 < scores["quantized"]["kl_divergence"].value < 0.2
 
 
 def test_codes_are_the_rounded_equalized_weights(llama: Path, finished: Path) -> None:
@@ -178,8 +182,72 @@ def test_the_same_command_again_changes_nothing(llama: Path, tmp_path: Path) -> 
     assert Checkpoint.open(folder).record["recipe"]["name"] == "rtn-w4a16"
 
 
-class KilledError(BaseException):
-    """Ends a run as abruptly as a signal would, as far as Python code can see."""
+def test_overwrite_makes_a_damaged_checkpoint_anew(llama: Path, finished: Path, tmp_path: Path) -> None:
+    again = Options(overwrite=True, progress=False)
+    for damage in ("model.safetensors", "config.json", RECORD_FILE):
+        folder = shutil.copytree(finished, tmp_path / "q")
+        (folder / damage).write_text("{")
+        with pytest.raises(OutputError, match=r"damaged checkpoint.*--overwrite"):
+            quantize(str(llama), folder, SMALL_GROUPS, RANDOM, QUIET)
+        assert files(quantize(str(llama), folder, SMALL_GROUPS, RANDOM, again)) == files(finished)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["q"]
+        shutil.rmtree(folder)
+
+
+def test_another_config_is_another_job(llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    quantize(str(model), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.01}))
+    with pytest.raises(OutputError, match="another job"):
+        quantize(str(model), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+
+
+def test_a_foreign_partial_folder_is_left_alone(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.partial").mkdir()
+    (tmp_path / "q.partial" / "thesis.tex").write_text("precious")
+    for options in (QUIET, Options(overwrite=True, progress=False)):
+        with pytest.raises(OutputError, match="didn't make"):
+            quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, options)
+    assert (tmp_path / "q.partial" / "thesis.tex").read_text() == "precious"
+
+
+def test_killed_between_the_last_two_steps(
+    llama: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = shutil.rmtree
+
+    def dying(path: Path, *args: object, **kwargs: object) -> None:
+        if Path(path).name == "q.partial":
+            raise KilledError
+        original(path, *args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dying)
+        with pytest.raises(KilledError):
+            quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    assert files(quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)) == files(finished)
+    assert not (tmp_path / "q.partial").exists()
+
+
+def test_bfloat16_computation_leaves_stored_tensors_exact(llama: Path, finished: Path, tmp_path: Path) -> None:
+    options = Options(compute_dtype="bfloat16", progress=False)
+    folder = quantize(str(llama), tmp_path / "q", get_recipe("rtn-w4a16", group_size=32), RANDOM, options)
+    exact = quantize(str(llama), tmp_path / "e", get_recipe("rtn-w4a16", group_size=32), RANDOM, QUIET)
+    assert files(folder)["model.safetensors"] == files(exact)["model.safetensors"]
+
+
+def test_skip_patterns_must_match_and_leave_something(llama: Path, tmp_path: Path) -> None:
+    for pattern, match in (("*.nothing", "matches no layer"), ("*", "leaves no layer")):
+        with pytest.raises(QuantizationError, match=match):
+            quantize(str(llama), tmp_path / "q", get_recipe("fptq", skip=(pattern,)), RANDOM, QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_places_are_named(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        quantize(str(llama), tmp_path / "file" / "q", SMALL_GROUPS, RANDOM, QUIET)
 
 
 @pytest.mark.parametrize("where", ["observe", "part", "record", "statistics", "journal", "merge", "rename"])
@@ -318,6 +386,10 @@ def test_unusable_models_are_refused(llama: Path, tmp_path: Path) -> None:
     weights["model.layers.2.self_attn.o_proj.weight"] = torch.zeros(3, 3)
     save_file(weights, model / "model.safetensors")
     attempt(r"shape \[3, 3\], the config needs \[64, 64\]")
+    weights = load_file(llama / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
+    save_file(weights, model / "model.safetensors")
+    attempt(r"1 tensors have no place.*q_proj\.bias")
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "missing.safetensors"}}')
     attempt("1 of 1 shards are missing")
     (model / "config.json").write_text("{")

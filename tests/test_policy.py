@@ -99,7 +99,7 @@ def test_group_size_falls_back(k: int, wanted: int, size: int) -> None:
 
 def test_impossible_group_size_names_layer_and_remedy() -> None:
     with pytest.raises(
-        QuantizationError, match=r"blk\.down: in_features 344 .* 128.*--group-size 8.*--skip 'blk\.down'"
+        QuantizationError, match=r"blk\.down: in_features 344 .* 128 or 64 or 32.*--group-size 8.*--skip 'blk\.down'"
     ):
         choose_group_size(344, 128, "blk.down")
 
@@ -110,7 +110,16 @@ def test_nan_range_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"v0": -1}, {"v0": 200}, {"group_size": 0}, {"group_size": 12}, {"alpha": 0}, {"alpha": float("nan")}]
+    "values",
+    [
+        {"v0": -1},
+        {"v0": 200},
+        {"group_size": 0},
+        {"group_size": 12},
+        {"alpha": 0},
+        {"alpha": float("nan")},
+        {"v1": float("inf")},
+    ],
 )
 def test_impossible_recipes_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(QuantizationError):

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import save_tiny, token_ids
-from tokens import save_tokenizer
 
 from fptq import numerics
 from fptq.checkpoint import Checkpoint, KVScales, seal
@@ -23,6 +21,8 @@ from fptq.integrations.transformers import (
 )
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.recipe import get_recipe
+from tiny import save_tiny, token_ids
+from tokens import save_tokenizer
 
 RANDOM = CalibrationSpec("random", samples=4, length=24)
 

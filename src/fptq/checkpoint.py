@@ -203,9 +203,12 @@ class CheckpointWriter:
             "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of_file(p)} for p in files},
         }
         write_json(final / RECORD_FILE, seal(record))
+        replaced = destination.with_name(destination.name + ".replaced")
         if destination.exists():
-            shutil.rmtree(destination)
+            shutil.rmtree(replaced, ignore_errors=True)
+            destination.rename(replaced)
         final.rename(destination)
+        shutil.rmtree(replaced, ignore_errors=True)
         shutil.rmtree(self.folder)
 
     def _merge(self, final: Path, parts: list[str], max_shard_bytes: int) -> None:
@@ -259,9 +262,12 @@ class Checkpoint:
         self.config = config
         self.record = record
         self.tensors = self._read_headers()
-        self.schemes = self._read_schemes()
-        self._check_linears()
-        self._check_cache()
+        try:
+            self.schemes = self._read_schemes()
+            self._check_linears()
+            self._check_cache()
+        except (KeyError, TypeError, ValueError, AttributeError, re.error) as cause:
+            raise CheckpointError(f"{folder / 'config.json'}: quantization_config is malformed ({cause!r})") from cause
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -296,13 +302,14 @@ class Checkpoint:
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise CheckpointError(f"{index}: has no weight_map")
+            odd = [shard for shard in weight_map.values() if not isinstance(shard, str) or Path(shard).name != shard]
+            if odd:
+                raise CheckpointError(f"{index}: {odd[0]!r} is no file name in this folder")
             shards = sorted(set(weight_map.values()))
         else:
             weight_map, shards = None, ["model.safetensors"]
         tensors: dict[str, tuple[Path, TensorEntry]] = {}
         for shard in shards:
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise CheckpointError(f"{index}: {shard!r} is no file name in this folder")
             for name, entry in read_header(self.folder / shard, CheckpointError).items():
                 if name in tensors:
                     raise CheckpointError(f"{self.folder}: tensor '{name}' is in two shards")
@@ -314,30 +321,25 @@ class Checkpoint:
 
     def _read_schemes(self) -> dict[str, LayerScheme]:
         names = sorted(n.removesuffix(".weight_packed") for n in self.tensors if n.endswith(".weight_packed"))
-        try:
-            values = self.config["quantization_config"]
-            if values["quant_method"] != "compressed-tensors" or values["format"] != "pack-quantized":
-                raise CheckpointError(
-                    f"{self.folder}: quantization {values['quant_method']}, format {values['format']}; "
-                    "needed compressed-tensors, pack-quantized"
-                )
-            groups = [(group["targets"], _read_scheme(group)) for group in values["config_groups"].values()]
-            schemes = {}
-            for name in names:
-                matching = [scheme for targets, scheme in groups if any(_matches(t, name) for t in targets)]
-                if len(matching) != 1:
-                    raise CheckpointError(
-                        f"{self.folder}: {len(matching)} config groups target layer '{name}', needed exactly one"
-                    )
-                schemes[name] = matching[0]
-            for targets, _ in groups:
-                for target in targets:
-                    if not any(_matches(target, name) for name in names):
-                        raise CheckpointError(f"{self.folder}: no layer in the shards for config target '{target}'")
-        except (KeyError, TypeError, AttributeError, re.error) as cause:
+        values = self.config["quantization_config"]
+        if values["quant_method"] != "compressed-tensors" or values["format"] != "pack-quantized":
             raise CheckpointError(
-                f"{self.folder / 'config.json'}: quantization_config is malformed ({cause!r})"
-            ) from cause
+                f"{self.folder}: quantization {values['quant_method']}, format {values['format']}; "
+                "needed compressed-tensors, pack-quantized"
+            )
+        groups = [(group["targets"], _read_scheme(group)) for group in values["config_groups"].values()]
+        schemes = {}
+        for name in names:
+            matching = [scheme for targets, scheme in groups if any(_matches(t, name) for t in targets)]
+            if len(matching) != 1:
+                raise CheckpointError(
+                    f"{self.folder}: {len(matching)} config groups target layer '{name}', needed exactly one"
+                )
+            schemes[name] = matching[0]
+        for targets, _ in groups:
+            for target in targets:
+                if not any(_matches(target, name) for name in names):
+                    raise CheckpointError(f"{self.folder}: no layer in the shards for config target '{target}'")
         planned = self.record.get("layers")
         if planned is not None and sorted(planned) != names:
             odd = sorted(set(planned) ^ set(names))
@@ -463,7 +465,10 @@ def _read_scheme(group: dict[str, Any]) -> LayerScheme:
         if activations is wanted or (
             activations and wanted and all(activations.get(key) == value for key, value in wanted.items())
         ):
-            return LayerScheme(int(weights["group_size"]), kind)
+            size = weights["group_size"]
+            if type(size) is not int or size < 1:
+                raise CheckpointError(f"weights: group_size {size!r} is no positive number")
+            return LayerScheme(size, kind)
     raise CheckpointError(f"input_activations {activations} are neither static per-tensor nor dynamic per-token int8")
 
 

@@ -74,11 +74,12 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 def _add_recipe_options(command: argparse.ArgumentParser) -> None:
     recipe = command.add_argument_group("recipe")
     add = recipe.add_argument
+    usual = get_recipe("fptq")
     add("--recipe", default="fptq", choices=list(RECIPES), help="quantization method")
-    add("--group-size", type=int, default=Recipe.group_size, help="input channels per weight scale")
-    add("--v0", type=float, default=Recipe.v0, help="up to this activation range: static per-tensor")
-    add("--v1", type=float, default=Recipe.v1, help="from this activation range on: dynamic per-token")
-    add("--alpha", type=float, default=Recipe.alpha, help="exponent of LAE's logarithm (Eq. 5)")
+    add("--group-size", type=int, help=f"input channels per weight scale (default: {usual.group_size})")
+    add("--v0", type=float, help=f"up to this activation range: static per-tensor (default: {usual.v0:g})")
+    add("--v1", type=float, help=f"from this activation range on: dynamic per-token (default: {usual.v1:g})")
+    add("--alpha", type=float, help=f"exponent of LAE's logarithm, Eq. 5 (default: {usual.alpha:g})")
     skip = "keep linear layers whose name matches in float, as '*.down_proj'; may be repeated"
     add("--skip", action="append", default=[], metavar="PATTERN", help=skip)
 
@@ -221,7 +222,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     spec = EvaluationSpec(options.text, options.lambada, options.length, options.limit)
     results = evaluate(options.checkpoint, options.reference, spec, progress=not options.quiet)
-    print(accuracy_table(results.models["quantized"], results.models.get("reference"), results.comparison))
+    print(accuracy_table(results.quantized, results.reference))
     counts = {"windows": f"windows of {spec.length} tokens", "lambada_examples": "LAMBADA examples"}
     used = [f"{results.settings[key]} {what}" for key, what in counts.items() if key in results.settings]
     print(f"\n± is one standard error; {', '.join(used)}")
@@ -265,20 +266,15 @@ def _print_checkpoint(checkpoint: Checkpoint, *, summary: bool) -> None:
 
 def _is_checkpoint(folder: Path) -> bool:
     try:
-        return "quantization_config" in json.loads((folder / "config.json").read_text())
+        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    return get_recipe(
-        options.recipe,
-        group_size=options.group_size,
-        v0=options.v0,
-        v1=options.v1,
-        alpha=options.alpha,
-        skip=tuple(options.skip),
-    )
+    given = {name: getattr(options, name) for name in ("group_size", "v0", "v1", "alpha")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return get_recipe(options.recipe, **changes, skip=tuple(options.skip))
 
 
 def _calibration(options: argparse.Namespace) -> Any:
@@ -289,7 +285,7 @@ def _calibration(options: argparse.Namespace) -> Any:
 
 def _write_json(path: str, values: dict[str, Any]) -> None:
     try:
-        Path(path).write_text(json.dumps(values, indent=2) + "\n")
+        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except OSError as cause:
         raise OutputError(f"{path}: can't be written ({cause.strerror})") from cause
 

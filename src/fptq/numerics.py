@@ -43,11 +43,12 @@ def round_to_bfloat16(x: Array) -> Array:
 def scale_from_absmax(absmax: Array, bits: int) -> Array:
     """Return the step size max|x| / (2^(b-1) - 1), Eq. 3, as a number that bfloat16 holds.
 
-    An all-zero input gets the step 1, so that dividing by it is harmless.
+    An input of zeros, or of nothing above 127 · 2^-126, gets the step 1: its codes are 0, and no scale is a subnormal
+    number that a cast would change.
     """
     xp = array_api_compat.array_namespace(absmax)
     scale = round_to_bfloat16(absmax / float(integer_range(bits)[1]))
-    return xp.where(scale > 0, scale, xp.ones_like(scale))
+    return xp.where(scale >= 2.0**-126, scale, xp.ones_like(scale))
 
 
 def quantize(x: Array, scale: Array | float, bits: int) -> Array:
@@ -114,9 +115,9 @@ def w4a8_matmul(
 ) -> Array:
     """Return y[m,n] = a_scale[m] · Σ_g w_scale[g,n] · Σ_{k∈g} q_a[m,k] · q_w[k,n] (+ bias[n]).
 
-    The inner sums are integers, computed exactly: in a group of 128, |Σ q_a·q_w| ≤ 128 · 128 · 8 = 2^17, and float32
-    holds every integer up to 2^24, whatever the order of summation. The outer sum runs over the groups in ascending
-    order in float32: its error is at most (G + 2) · 2^-24 · Σ_g |term_g| relative to exact arithmetic.
+    If the activations are codes, the inner sums are integers and exact: in a group of 128, |Σ q_a·q_w| is at most
+    128 · 128 · 8 = 2^17, and float32 holds every integer up to 2^24, whatever the order of summation. The outer sum
+    runs over the groups in ascending order in float32: its error is at most (G + 3) · 2^-24 · (Σ_g |term_g| + |bias|).
 
     Args:
         activation_codes: [m, k], 8-bit codes as float32.

@@ -57,10 +57,12 @@ class Recipe:
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.group_size < 8 or self.group_size % 8:
-            raise QuantizationError(f"group size {self.group_size} is not a positive multiple of 8; use 128, 64 or 32")
-        if not 0 <= self.v0 <= self.v1:
-            raise QuantizationError(f"thresholds v0 = {self.v0}, v1 = {self.v1}: needed 0 <= v0 <= v1")
+        if not 8 <= self.group_size <= 4096 or self.group_size % 8:
+            raise QuantizationError(
+                f"group size {self.group_size} is no multiple of 8 from 8 to 4096; use 128, 64 or 32"
+            )
+        if not 0 <= self.v0 <= self.v1 < float("inf"):
+            raise QuantizationError(f"thresholds v0 = {self.v0}, v1 = {self.v1}: needed finite 0 <= v0 <= v1")
         if not 0 < self.alpha <= 4:
             raise QuantizationError(f"alpha = {self.alpha}: needed a number above 0 and at most 4")
 
@@ -108,6 +110,7 @@ class LayerPlan:
 
     Attributes:
         role: which of the paper's four columns its input belongs to.
+        input: the layer under whose full name the input's statistics are kept, the first of those that share it.
         activation: how its input is quantized.
         group_size: input channels that share a weight scale.
         equalized_by: the op that LAE's scale was fused into, as the layer's block names it; None without LAE.
@@ -119,6 +122,7 @@ class LayerPlan:
     """
 
     role: Role
+    input: str
     activation: Activation
     group_size: int
     equalized_by: str | None

@@ -185,9 +185,20 @@ def write_durably(path: Path, write: Callable[[Any], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _flush_folder(path.parent)
     except OSError as cause:
         temporary.unlink(missing_ok=True)
         raise OutputError(f"{path}: can't be written ({cause.strerror}); make room or choose another disk") from cause
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename durable, where the system can (Windows can't open folders)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

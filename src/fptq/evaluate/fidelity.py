@@ -6,9 +6,7 @@ averaged over tokens (tokens of a window are correlated, windows hardly), over e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,19 +15,12 @@ import torch
 from torch import nn
 
 from fptq.errors import EvaluationError
+from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean
 from fptq.models.text import read_jsonl
 from fptq.progress import progress_bar
 
 _HEAD_ROWS = 256  # positions whose logits exist at once: 262,144 words of vocabulary are 268 MB
 _BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and its standard error; None where one sample doesn't tell."""
-
-    value: float
-    standard_error: float | None
 
 
 class ScoredModel:
@@ -77,42 +68,55 @@ def cut_windows(tokens: list[int], start: list[int], length: int, limit: int | N
     return torch.tensor([start + tokens[i * body : (i + 1) * body] for i in range(count)])
 
 
-def score_windows(models: dict[str, ScoredModel], windows: torch.Tensor, *, progress: bool = True) -> dict[str, Any]:
-    """Return the perplexity of each model; with two models also KL divergence and top-1 agreement.
+def score_windows(
+    models: dict[str, ScoredModel], windows: torch.Tensor, *, progress: bool = True
+) -> dict[str, dict[str, Estimate]]:
+    """Return for each model its perplexity and, if one is called "reference", how the others differ from it.
 
     Args:
-        models: "quantized", and "reference" where there is one.
+        models: the models by name.
         windows: token ids [count, length]; every position but the first is predicted.
         progress: show a progress bar.
 
     Returns:
-        perplexity by model, "kl_divergence" D(reference ‖ quantized) in nats a token, "top1_agreement": Estimates.
+        By model "perplexity"; for all but the reference also "perplexity_ratio" to the reference's, "kl_divergence"
+        D(reference ‖ model) in nats a token, and "top1_agreement", the share of positions where both find the same
+        token likeliest. These are paired: their errors come from the differences of the same windows.
     """
-    losses: dict[str, list[float]] = {name: [] for name in models}
-    divergences: list[float] = []
-    agreements: list[float] = []
+    sums: dict[str, dict[str, list[float]]] = {name: {} for name in models}
     for window in _counted(windows, "perplexity", progress):
-        targets = window[1:]
-        hidden = {name: model.hidden(window[None])[0, :-1] for name, model in models.items()}
-        sums = dict.fromkeys(models, 0.0)
-        divergence = agreement = 0.0
-        for first in range(0, len(targets), _HEAD_ROWS):
-            rows = slice(first, first + _HEAD_ROWS)
-            logs = {name: model.log_probabilities(hidden[name][rows]) for name, model in models.items()}
-            for name, log in logs.items():
-                sums[name] -= float(log.gather(1, targets[rows, None]).double().sum())
-            if "reference" in logs:
-                reference, quantized = logs["reference"], logs["quantized"]
-                divergence += float((reference.exp() * (reference - quantized)).double().sum())
-                agreement += float((reference.argmax(1) == quantized.argmax(1)).sum())
-        for name in models:
-            losses[name].append(sums[name] / len(targets))
-        divergences.append(divergence / len(targets))
-        agreements.append(agreement / len(targets))
-    results: dict[str, Any] = {"perplexity": {name: _perplexity(values) for name, values in losses.items()}}
-    if "reference" in models:
-        results |= {"kl_divergence": _mean(divergences), "top1_agreement": _mean(agreements)}
-    return results
+        for name, totals in _score_window(models, window).items():
+            for metric, total in totals.items():
+                sums[name].setdefault(metric, []).append(total / (len(window) - 1))
+    scores: dict[str, dict[str, Estimate]] = {}
+    for name, metrics in sums.items():
+        scores[name] = {"perplexity": exponential_of_mean(metrics["loss"])}
+        if "reference" in models and name != "reference":
+            pairs = zip(metrics["loss"], sums["reference"]["loss"], strict=True)
+            scores[name]["perplexity_ratio"] = exponential_of_mean([loss - base for loss, base in pairs])
+            scores[name] |= {metric: mean(metrics[metric]) for metric in ("kl_divergence", "top1_agreement")}
+    return scores
+
+
+def _score_window(models: dict[str, ScoredModel], window: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Return each model's metrics summed over the positions of one window."""
+    targets = window[1:, None]
+    hidden = {name: model.hidden(window[None])[0, :-1] for name, model in models.items()}
+    totals = {name: {"loss": 0.0} for name in models}
+    for first in range(0, len(targets), _HEAD_ROWS):
+        rows = slice(first, first + _HEAD_ROWS)
+        logs = {name: model.log_probabilities(hidden[name][rows]) for name, model in models.items()}
+        reference = logs.get("reference")
+        for name, log in logs.items():
+            total = totals[name]
+            total["loss"] -= float(log.gather(1, targets[rows]).double().sum())
+            if reference is None or name == "reference":
+                continue
+            divergence = float((reference.exp() * (reference - log)).double().sum())
+            agreement = float((reference.argmax(1) == log.argmax(1)).sum())
+            total["kl_divergence"] = total.get("kl_divergence", 0.0) + divergence
+            total["top1_agreement"] = total.get("top1_agreement", 0.0) + agreement
+    return totals
 
 
 def score_lambada(
@@ -162,12 +166,6 @@ def _batches(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def accuracy(correct: list[bool]) -> Estimate:
-    """Return the share of True, with the binomial standard error."""
-    share = sum(correct) / len(correct)
-    return Estimate(share, math.sqrt(share * (1 - share) / len(correct)))
-
-
 def read_lambada(path: Path, limit: int | None) -> list[str]:
     """Return the texts of a LAMBADA `.jsonl` file (field "text").
 
@@ -179,21 +177,6 @@ def read_lambada(path: Path, limit: int | None) -> list[str]:
     if not texts:
         raise EvaluationError(f"{path}: has no examples")
     return texts
-
-
-def _mean(values: list[float]) -> Estimate:
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return Estimate(mean, None)
-    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return Estimate(mean, math.sqrt(variance / len(values)))
-
-
-def _perplexity(losses: list[float]) -> Estimate:
-    """Return exp(mean loss); its error is the mean's times the perplexity (first order)."""
-    mean = _mean(losses)
-    value = math.exp(mean.value)
-    return Estimate(value, None if mean.standard_error is None else value * mean.standard_error)
 
 
 def _counted(items: Any, what: str, show: bool) -> Iterator[Any]:

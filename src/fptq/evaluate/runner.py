@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fptq.errors import EvaluationError, ModelError
+from fptq.evaluate.estimates import Estimate, mean, share
 from fptq.evaluate.fidelity import (
-    Estimate,
     ScoredModel,
-    accuracy,
     cut_windows,
     read_lambada,
     score_lambada,
@@ -21,6 +21,9 @@ from fptq.evaluate.fidelity import (
 from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel
 from fptq.models.text import beginning_of_sequence, hub_text, read_text
+
+COMPARISONS = ("kl_divergence", "top1_agreement", "perplexity_ratio", "lambada_difference")
+"""The metrics that speak of a difference to the reference."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,33 @@ class EvaluationSpec:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results: by model "reference" and "quantized", metric → Estimate, and what compares the two."""
+    """The results of a checkpoint, and of its float model if there is one.
 
-    models: dict[str, dict[str, Estimate]]
-    comparison: dict[str, Estimate]
+    Attributes:
+        quantized: metric → Estimate, among them kl_divergence and top1_agreement beside a reference.
+        reference: the same of the float model.
+        settings: what was evaluated on what.
+    """
+
+    quantized: dict[str, Estimate]
+    reference: dict[str, Estimate] | None
     settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures JSON-ready; standard errors are beside them under the same names."""
-        values: dict[str, Any] = {name: {k: e.value for k, e in m.items()} for name, m in self.models.items()}
-        values |= {name: estimate.value for name, estimate in self.comparison.items()}
-        errors: dict[str, Any] = {name: {k: e.standard_error for k, e in m.items()} for name, m in self.models.items()}
-        errors |= {name: estimate.standard_error for name, estimate in self.comparison.items()}
-        return {**values, "standard_error": errors, "settings": self.settings}
+        """Return the figures JSON-ready; standard errors have the same structure."""
+        return {
+            **self._arranged("value"),
+            "standard_error": self._arranged("standard_error"),
+            "settings": self.settings,
+        }
+
+    def _arranged(self, field: str) -> dict[str, Any]:
+        own = {metric: getattr(estimate, field) for metric, estimate in self.quantized.items()}
+        values = {metric: own.pop(metric) for metric in COMPARISONS if metric in own}
+        values["quantized"] = own
+        if self.reference is not None:
+            values["reference"] = {metric: getattr(e, field) for metric, e in self.reference.items()}
+        return values
 
 
 def evaluate(folder: str, reference: str | None, spec: EvaluationSpec, *, progress: bool = True) -> Evaluation:
@@ -69,33 +86,59 @@ def evaluate(folder: str, reference: str | None, spec: EvaluationSpec, *, progre
     Raises:
         FPTQError: a model or a text can't be used.
     """
-    model, tokenizer = load(folder)
-    if tokenizer is None:
-        raise EvaluationError(f"{folder}: has no tokenizer, so no text can be scored")
-    models = {"quantized": ScoredModel(model, lambda: new_cache(model))}
+    models, tokenizer = open_models({"quantized": folder}, reference)
+    scores, counts = score(models, tokenizer, spec, progress=progress)
+    settings = {**asdict(spec), **counts, "checkpoint": folder, "reference": reference}
+    return Evaluation(scores["quantized"], scores.get("reference"), settings)
+
+
+def open_models(folders: dict[str, str], reference: str | None) -> tuple[dict[str, ScoredModel], Any]:
+    """Return checkpoints by name, "reference" for the float model, and the tokenizer, which they share.
+
+    Raises:
+        FPTQError: one can't be loaded, or has another vocabulary.
+    """
+    models: dict[str, ScoredModel] = {}
     if reference is not None:
-        source = FloatModel.open(reference)
-        if source.config.vocab_size != model.config.vocab_size:
-            raise ModelError(f"{reference}: has another vocabulary than {folder}: not the model it was made from")
-        models = {"reference": ScoredModel(source.load_all(torch.float32)), **models}
+        models["reference"] = ScoredModel(FloatModel.open(reference).load_all(torch.float32))
+    for name, folder in folders.items():
+        model, tokenizer = load(folder)
+        if tokenizer is None:
+            raise EvaluationError(f"{folder}: has no tokenizer, so no text can be scored")
+        models[name] = ScoredModel(model, partial(new_cache, model))
+    sizes = {model.model.config.vocab_size for model in models.values()}
+    if len(sizes) > 1:
+        raise ModelError(f"{reference} and {', '.join(folders.values())} have vocabularies of {sizes}: not one model's")
+    return models, tokenizer
+
+
+def score(
+    models: dict[str, ScoredModel], tokenizer: Any, spec: EvaluationSpec, *, progress: bool = True
+) -> tuple[dict[str, dict[str, Estimate]], dict[str, int]]:
+    """Return each model's metrics, and how many windows and examples they come from.
+
+    Raises:
+        FPTQError: a text can't be used.
+    """
     metrics: dict[str, dict[str, Estimate]] = {name: {} for name in models}
-    comparison: dict[str, Estimate] = {}
-    settings: dict[str, Any] = {**asdict(spec), "checkpoint": folder, "reference": reference}
+    counts = {}
     if spec.text is not None:
         start = beginning_of_sequence(tokenizer)
         tokens = tokenizer(_load_text(spec.text), add_special_tokens=False).input_ids
         windows = cut_windows(tokens, start, spec.length, spec.limit)
-        scores = score_windows(models, windows, progress=progress)
-        for name, estimate in scores.pop("perplexity").items():
-            metrics[name]["perplexity"] = estimate
-        comparison = scores
-        settings["windows"] = len(windows)
+        counts["windows"] = len(windows)
+        for name, scores in score_windows(models, windows, progress=progress).items():
+            metrics[name] |= scores
     if spec.lambada is not None:
         texts = read_lambada(Path(spec.lambada), spec.limit)
-        for name, correct in score_lambada(models, texts, tokenizer, progress=progress).items():
-            metrics[name]["lambada_accuracy"] = accuracy(correct)
-        settings["lambada_examples"] = len(texts)
-    return Evaluation(metrics, comparison, settings)
+        counts["lambada_examples"] = len(texts)
+        correct = score_lambada(models, texts, tokenizer, progress=progress)
+        for name, hits in correct.items():
+            metrics[name]["lambada_accuracy"] = share(hits)
+            if "reference" in models and name != "reference":
+                pairs = zip(hits, correct["reference"], strict=True)
+                metrics[name]["lambada_difference"] = mean([float(hit) - float(base) for hit, base in pairs])
+    return metrics, counts
 
 
 def _load_text(source: str) -> str:

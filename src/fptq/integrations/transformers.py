@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from fptq import numerics
 from fptq.checkpoint import Checkpoint, KVScales, QuantizedLinear
 from fptq.errors import CheckpointError, GenerationError
-from fptq.models.architectures import get_architecture
+from fptq.models.architectures import attention_name, get_architecture
 from fptq.models.loading import build_skeleton, fill_buffers, load_tokenizer, tied_names
 
 
@@ -39,7 +39,7 @@ class W4A8Linear(nn.Module):
         grouped = numerics.group_codes(torch.from_numpy(linear.codes), linear.group_size)
         self.register_buffer("codes", grouped.contiguous(), persistent=False)
         self.register_buffer("scales", torch.from_numpy(linear.scales).T.contiguous(), persistent=False)
-        self.bias = bias
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output [..., out_features] for x [..., in_features], in float32."""
@@ -142,7 +142,7 @@ def load(folder: str | Path) -> tuple[nn.Module, Any]:
 
 
 def _attention_names(model: nn.Module, architecture: Any, config: Any) -> list[str]:
-    attention = architecture.describe(config)[0].layers[0].rpartition(".")[0]
+    attention = attention_name(architecture.describe(config))
     return [f"{architecture.blocks}.{i}.{attention}" for i in range(len(model.get_submodule(architecture.blocks)))]
 
 

@@ -233,6 +233,11 @@ ARCHITECTURES: dict[str, Architecture] = {
 """The supported architectures by Hugging Face `model_type`."""
 
 
+def attention_name(groups: list[InputGroup]) -> str:
+    """Return the name, within a block, of the attention module: where the KV cache's scales belong."""
+    return next(group for group in groups if group.role is Role.QKV).layers[0].rpartition(".")[0]
+
+
 def get_architecture(model_type: str) -> Architecture:
     """Return the row of the table for a Hugging Face `model_type`.
 

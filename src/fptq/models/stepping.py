@@ -1,7 +1,8 @@
 """Running a transformers model one decoder block at a time, with the arguments its own forward would pass.
 
 The model's forward is run once on the embeddings alone, with every block replaced by a stub that notes its arguments
-(masks, rotary embeddings, ALiBi, per-layer variants of all of them). Nothing about them needs to be known here.
+(masks, rotary embeddings, ALiBi, per-layer variants of all of them). Nothing about them needs to be known here, except
+that they depend on the batch's shape and not on its tokens.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ class BlockStepper:
 
     @torch.no_grad()
     def run(self, index: int, hidden: torch.Tensor, observe_cache: CacheObserver | None = None) -> torch.Tensor:
-        """Return the output of block `index`, whose weights must be loaded, for its input [batch, length, hidden]."""
+        """Return the output of block `index` for its input [batch, length, hidden], in the input's dtype.
+
+        The block's weights must be loaded in that dtype.
+        """
         call = self._calls[hidden.shape[0]][index]
         cache = _ObservedCache(observe_cache or (lambda keys, values: None))
 
@@ -89,7 +93,7 @@ class BlockStepper:
             if value is self._placeholder:
                 return cache
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                return value.to(self.dtype)
+                return value.to(hidden.dtype)
             if isinstance(value, tuple):
                 return tuple(map(localize, value))
             return value

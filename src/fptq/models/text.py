@@ -80,7 +80,7 @@ def hub_documents(name: str, *, count: int, seed: int) -> Iterator[str]:
 
 
 def hub_text(name: str) -> str:
-    """Return the test split (or the last one there is) of a Hub data set as one text, documents joined by blank lines.
+    """Return a Hub data set's test split (or else its first) as one text, documents joined by blank lines.
 
     Raises:
         TextError: the data set can't be fetched or has no text.

@@ -1,20 +1,17 @@
 """Quantizing a model, one decoder block after the other, in a way that survives being killed.
 
 For each block: observe → decide → equalize → round → measure → write. The float outputs are the next block's inputs,
-as in the paper. A working folder `OUT.partial` beside the output holds finished parts and the activations of the block
-that is due; its journal is renamed into place after everything a block left is on the disk. The output folder appears
-by one rename, complete.
+as in the paper. What a block leaves is on the disk before the journal says that the block is done.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
+import math
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,6 @@ from torch import nn
 import fptq
 from fptq.checkpoint import (
     FORMAT_VERSION,
-    RECORD_FILE,
     STATISTICS_FILE,
     CheckpointWriter,
     LayerScheme,
@@ -34,20 +30,20 @@ from fptq.checkpoint import (
     linear_tensors,
     quantization_config,
 )
-from fptq.errors import FPTQError, OutputError
-from fptq.models.loading import FloatModel
+from fptq.errors import QuantizationError
+from fptq.models.architectures import attention_name
+from fptq.models.loading import FloatModel, library_versions
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationData, CalibrationSpec, load_calibration
 from fptq.quantize.equalize import equalize_
-from fptq.quantize.fidelity import measure_sqnr
 from fptq.quantize.observe import BlockStatistics
-from fptq.quantize.policy import BlockPlan, decide
+from fptq.quantize.policy import BlockPlan, decide, is_skipped
 from fptq.quantize.rounding import cache_scales, round_weights
+from fptq.quantize.sqnr import measure_sqnr
 from fptq.quantize.walk import CalibrationWalk
+from fptq.quantize.workspace import Workspace, refuse_foreign
 from fptq.recipe import LayerPlan, Recipe, get_recipe
 from fptq.shards import write_durably, write_json
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -65,6 +61,12 @@ class Options:
     storage_dtype: str = "auto"
     overwrite: bool = False
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise QuantizationError(f"compute dtype {self.compute_dtype}: needed float32 or bfloat16")
+        if self.storage_dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise QuantizationError(f"storage dtype {self.storage_dtype}: needed auto, float32, bfloat16 or float16")
 
 
 def quantize(
@@ -92,24 +94,10 @@ def quantize(
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     calibration = CalibrationSpec(calibration) if isinstance(calibration, str) else calibration
     destination = Path(output).expanduser().absolute()
-    _refuse_foreign(destination, options.overwrite)
+    refuse_foreign(destination)
     source = FloatModel.open(model)
     data = load_calibration(calibration, source.tokenizer, source.config.vocab_size)
     return _Job(source, destination, recipe, data, options).run()
-
-
-def _refuse_foreign(destination: Path, overwrite: bool) -> None:
-    """Raise OutputError unless `destination` is free, empty, or a finished checkpoint of ours."""
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
-        return
-    if not (destination / RECORD_FILE).is_file():
-        raise OutputError(f"{destination}: holds something that fptq didn't make; give another folder with -o")
-    try:
-        finished = json.loads((destination / RECORD_FILE).read_text()).get("format_version") is not None
-    except (ValueError, AttributeError):
-        finished = False
-    if not finished and not overwrite:
-        raise OutputError(f"{destination}: holds a damaged checkpoint; --overwrite replaces it")
 
 
 class _Job:
@@ -117,129 +105,66 @@ class _Job:
 
     def __init__(self, source: FloatModel, destination: Path, recipe: Recipe, data: CalibrationData, options: Options):
         self.source = source
-        self.destination = destination
         self.recipe = recipe
         self.data = data
         self.options = options
-        self.compute_dtype = _DTYPES[options.compute_dtype]
         auto = options.storage_dtype == "auto"
-        self.storage_dtype = source.storage_dtype() if auto else _DTYPES[options.storage_dtype]
-        self.working = destination.with_name(destination.name + ".partial")
-        self.walk = CalibrationWalk(source, data.tokens, self.compute_dtype, self.working)
+        self.storage_dtype = source.storage_dtype() if auto else getattr(torch, options.storage_dtype)
+        self.workspace = Workspace(destination, self._identity(), overwrite=options.overwrite)
+        self.walk = CalibrationWalk(source, data.tokens, getattr(torch, options.compute_dtype), self.workspace.folder)
 
-    def identity(self) -> dict[str, Any]:
-        """Return what makes this job this one: resuming another one's parts would mix two models."""
+    def _identity(self) -> dict[str, Any]:
+        """Return all that decides the result: going on with the parts of another job would mix two models."""
         return {
-            "fptq_version": fptq.__version__,
-            "torch_version": str(torch.__version__),
+            "versions": {"fptq": fptq.__version__, "torch": str(torch.__version__), **library_versions()},
             "model": str(self.source.location.resolve()),
-            "files": self.source.source.identity(),
+            "config": self.source.config_dict(),
+            "files": self.source.tensors.identity(),
             "recipe": self.recipe.to_dict(),
             "calibration": self.data.describe(),
             "compute_dtype": self.options.compute_dtype,
             "storage_dtype": str(self.storage_dtype).removeprefix("torch."),
         }
 
-    def digest(self) -> str:
-        """Return the identity's SHA-256: the checkpoint tells its job without telling the user's folders."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
-
     def run(self) -> Path:
         """Go through all blocks that are not done yet, and finish."""
-        if (self.destination / RECORD_FILE).is_file():
-            if json.loads((self.destination / RECORD_FILE).read_text()).get("job") == self.digest():
-                return self.destination
-            if not self.options.overwrite:
-                raise OutputError(f"{self.destination}: holds a checkpoint of another job; --overwrite replaces it")
-        self._check_free_space()
-        with self._working_folder() as writer:
-            next_block = self._resume_at()
+        if self.workspace.is_done():
+            return self.workspace.destination
+        check_skips(self.source, self.recipe)
+        activations = self.walk.disk_bytes()
+        hint = f"{activations / 1e9:.2f} GB of it calibration activations: fewer --samples need less"
+        self.workspace.require_space(activations + 2 * self._checkpoint_bytes(), hint)
+        with self.workspace.working() as writer:
+            reached = self.workspace.next_block()
             batches = len(self.walk.batches)
-            total, done = len(self.source.blocks) * batches, next_block * batches
+            total, done = len(self.source.blocks) * batches, (reached or 0) * batches
             with progress_bar(total, initial=done, show=self.options.progress) as bar:
-                self.walk.begin(fresh=next_block == 0)
-                if next_block == 0:
-                    self._note(0)
-                for index in range(next_block, len(self.source.blocks)):
+                self.walk.begin(fresh=reached is None)
+                if reached is None:
+                    self.workspace.note(0)
+                for index in range(reached or 0, len(self.source.blocks)):
                     bar.set_description(f"block {index + 1}/{len(self.source.blocks)}")
                     self._quantize_block(index, writer, bar)
                 bar.set_description("writing")
             self._finish(writer)
-        return self.destination
+        return self.workspace.destination
 
-    @contextmanager
-    def _working_folder(self) -> Iterator[CheckpointWriter]:
-        from filelock import FileLock, Timeout
-
-        try:
-            self.destination.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as cause:
-            raise OutputError(f"{self.destination.parent}: can't be made ({cause.strerror})") from cause
-        lock = FileLock(self.working.with_name(self.working.name + ".lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as cause:
-            raise OutputError(f"{self.working}: another fptq process is working in it") from cause
-        try:
-            self._claim_working_folder()
-            yield CheckpointWriter(self.working)
-        except OutputError:
-            raise  # the disk is full: everything finished stays, to go on from
-        except FPTQError:
-            shutil.rmtree(self.working, ignore_errors=True)  # bad input: nothing here will ever be of use
-            raise
-        finally:
-            lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
-
-    def _claim_working_folder(self) -> None:
-        """Make the working folder, or check that the one there belongs to this very job."""
-        job = self.working / "job.json"
-        if self.working.exists():
-            started = json.loads(job.read_text()) if job.is_file() else None
-            if started == json.loads(json.dumps(self.identity())):
-                return
-            if started is not None and not self.options.overwrite:
-                raise OutputError(
-                    f"{self.working}: a started job with another {_difference(started, self.identity())}; "
-                    "give that job's command to go on with it, or --overwrite to drop it"
-                )
-            shutil.rmtree(self.working)
-        try:
-            self.working.mkdir()
-        except OSError as cause:
-            raise OutputError(f"{self.working}: can't be made ({cause.strerror})") from cause
-        write_json(job, self.identity())
-
-    def _check_free_space(self) -> None:
-        """Raise OutputError when the disk can't hold activations, parts and shards."""
-        numel = {name: int(np.prod(shape)) for name, shape in self.source.source.shapes.items()}
-        inside = [name for name in numel if ".weight" in name and len(self.source.source.shapes[name]) == 2]
-        quantized = sum(
-            numel[name] for name in inside if self.source.architecture.blocks.split(".")[-1] in name.split(".")
-        )
-        checkpoint = 0.55 * quantized + self.storage_dtype.itemsize * (sum(numel.values()) - quantized)
-        activations = self.walk.disk_bytes()
-        needed = int(2 * checkpoint + activations)
-        folder = next(p for p in (self.destination, *self.destination.parents) if p.exists())
-        already = sum(f.stat().st_size for f in self.working.rglob("*") if f.is_file()) if self.working.exists() else 0
-        free = shutil.disk_usage(folder).free + already
-        if free < needed:
-            raise OutputError(
-                f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed while quantizing "
-                f"({activations / 1e9:.2f} GB of it calibration activations: fewer --samples need less)"
-            )
-
-    def _resume_at(self) -> int:
-        journal = self.working / "journal.json"
-        return int(json.loads(journal.read_text())["next_block"]) if journal.is_file() else 0
+    def _checkpoint_bytes(self) -> float:
+        """Return about what the checkpoint will take: 4 bits and a 16-bit scale a group, the rest as it is stored."""
+        shapes = {name: self.source.tensors.shapes[file] for name, file in self.source.file_names.items()}
+        inside = f"{self.source.architecture.blocks}."
+        quantized = sum(math.prod(s) for name, s in shapes.items() if name.startswith(inside) and len(s) == 2)
+        everything = sum(math.prod(shape) for shape in shapes.values())
+        return quantized * (0.5 + 2 / 32) + (everything - quantized) * self.storage_dtype.itemsize
 
     def _quantize_block(self, index: int, writer: CheckpointWriter, bar: Any) -> None:
         """Do everything that one block needs, and note it in the journal."""
         name = self.source.block_name(index)
         groups = self.source.groups
-        with self.source.loaded_block(index, self.compute_dtype) as block:
+        with self.source.loaded_block(index, self.walk.dtype) as block:
             statistics = self.walk.observe(index, block, bar.update)
+            if self.walk.dtype is not torch.float32:
+                self.source.load(block, name, torch.float32)  # only the activations are computed in less
             plan = decide(groups, statistics, self.recipe, name)
             ranges = equalize_(block, groups, plan.scales, statistics)
             linears = round_weights(block, groups, plan, ranges)
@@ -248,7 +173,7 @@ class _Job:
             tensors = self._float_tensors(block, name, plan)
             for layer, linear in linears.items():
                 tensors |= linear_tensors(f"{name}.{layer}", linear)
-            attention = f"{name}.{groups[0].layers[0].rpartition('.')[0]}"
+            attention = f"{name}.{attention_name(groups)}"
             cache: dict[str, Any] = {}
             if self.recipe.quantize_activations:
                 scales = cache_scales(ranges)
@@ -273,11 +198,7 @@ class _Job:
         write_json(writer.part(f"block-{index:05d}", ".json"), {"layers": layers, "cache": {attention: cache}})
         arrays = _statistics_arrays(name, statistics, plan)
         write_durably(writer.part(f"block-{index:05d}", ".npz"), _npz_writer(arrays))
-        self._note(index + 1)
-
-    def _note(self, next_block: int) -> None:
-        """Note in the journal that everything before `next_block` is on the disk."""
-        write_json(self.working / "journal.json", {"next_block": next_block})
+        self.workspace.note(index + 1)
 
     def _float_tensors(self, block: nn.Module, name: str, plan: BlockPlan) -> dict[str, np.ndarray]:
         """Return the block's tensors that stay in float: norms, biases, skipped layers.
@@ -302,7 +223,7 @@ class _Job:
             writer.add_part(part, {name: _to_numpy(source.read(name).to(self.storage_dtype))})
             parts.append(part)
         blocks = [f"block-{index:05d}" for index in range(len(source.blocks))]
-        records = [json.loads(writer.part(part, ".json").read_text()) for part in blocks]
+        records = [json.loads(writer.part(part, ".json").read_text(encoding="utf-8")) for part in blocks]
         layers = {name: layer for record in records for name, layer in record["layers"].items()}
         cache = {name: c for record in records for name, c in record["cache"].items() if c}
 
@@ -317,14 +238,14 @@ class _Job:
         record = {
             "format_version": FORMAT_VERSION,
             "fptq_version": fptq.__version__,
-            "model": {"name": source.location.name, "model_type": source.config.model_type},
+            "model": {"name": source.name, "model_type": source.config.model_type},
             "recipe": self.recipe.to_dict(),
             "calibration": self.data.describe(),
             "layers": layers,
             "cache": cache,
-            "job": self.digest(),
+            "job": self.workspace.digest,
         }
-        writer.finish(self.destination, parts + blocks, config, record)
+        writer.finish(self.workspace.destination, parts + blocks, config, record)
 
     def _quantization_config(self, layers: dict[str, Any]) -> dict[str, Any]:
         schemes = {
@@ -342,6 +263,21 @@ class _Job:
         )
 
 
+def check_skips(source: FloatModel, recipe: Recipe) -> None:
+    """Raise QuantizationError if a skip pattern matches no layer, or if the patterns leave nothing to quantize."""
+    names = [
+        f"{source.block_name(index)}.{layer}"
+        for index in range(len(source.blocks))
+        for group in source.groups
+        for layer in group.layers
+    ]
+    for pattern in recipe.skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise QuantizationError(f"--skip '{pattern}' matches no layer; layers are named like {names[0]}")
+    if all(is_skipped(name, recipe) for name in names):
+        raise QuantizationError("--skip leaves no layer to quantize")
+
+
 def preview(
     model: str,
     recipe: Recipe,
@@ -355,7 +291,8 @@ def preview(
     data = load_calibration(calibration, source.tokenizer, source.config.vocab_size)
     layers: dict[str, dict[str, Any]] = {}
     arrays: dict[str, np.ndarray] = {}
-    dtype = _DTYPES[compute_dtype]
+    check_skips(source, recipe)
+    dtype = getattr(torch, compute_dtype)
     with tempfile.TemporaryDirectory(prefix="fptq-") as folder:
         walk = CalibrationWalk(source, data.tokens, dtype, Path(folder))
         walk.begin(fresh=True)
@@ -391,7 +328,3 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype is torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.contiguous().numpy()
-
-
-def _difference(started: dict[str, Any], wanted: dict[str, Any]) -> str:
-    return ", ".join(key for key in wanted if started.get(key) != json.loads(json.dumps(wanted[key]))) or "content"

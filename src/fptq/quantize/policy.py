@@ -61,6 +61,7 @@ def decide(
         for name in quantized:
             layers[name] = LayerPlan(
                 role=group.role,
+                input=f"{block_name}.{group.layers[0]}",
                 activation=activation,
                 group_size=choose_group_size(seen.channel_max.size, recipe.group_size, f"{block_name}.{name}"),
                 equalized_by=group.source.name if equalize and group.source else None,
@@ -109,12 +110,13 @@ def choose_group_size(in_features: int, wanted: int, name: str) -> int:
     Raises:
         QuantizationError: none does.
     """
-    for size in (wanted, *(s for s in _FALLBACK_GROUP_SIZES if s < wanted)):
+    sizes = [wanted, *(size for size in _FALLBACK_GROUP_SIZES if size < wanted)]
+    for size in sizes:
         if in_features % size == 0:
             return size
-    fitting = [s for s in (16, 8) if in_features % s == 0]
+    fitting = [s for s in (32, 16, 8) if in_features % s == 0]
     remedy = f"use --group-size {fitting[0]} or keep" if fitting else "keep"
     raise QuantizationError(
-        f"{name}: in_features {in_features} is not a multiple of group size {wanted}, 64 or 32; "
+        f"{name}: in_features {in_features} is not a multiple of group size {' or '.join(map(str, sizes))}; "
         f"{remedy} this layer in full precision with --skip '{name}'"
     )

@@ -31,7 +31,7 @@ class CalibrationWalk:
     def __init__(self, source: FloatModel, tokens: np.ndarray, dtype: torch.dtype, folder: Path):
         self._source = source
         self._tokens = tokens
-        self._dtype = dtype
+        self.dtype = dtype
         self._folder = folder
         self._stepper = BlockStepper(source, dtype)
         samples, length = tokens.shape
@@ -42,7 +42,7 @@ class CalibrationWalk:
         """Compute the first block's inputs, and learn the blocks' arguments; if not `fresh`, only the latter."""
         inputs = self._activations(0)
         one_of_each_size = {count: (start, count) for start, count in self.batches}.values()
-        with self._source.loaded_embeddings(self._dtype):
+        with self._source.loaded_embeddings(self.dtype):
             for start, count in self.batches if fresh else one_of_each_size:
                 states = self._stepper.embed(torch.from_numpy(self._tokens[start : start + count]))
                 if fresh:
@@ -74,14 +74,14 @@ class CalibrationWalk:
         return statistics
 
     def run_first_batch(self, index: int) -> None:
-        """Run the loaded block once more, on the first samples."""
-        self._stepper.run(index, self._activations(index).read(*self.batches[0]))
+        """Run the loaded block once more, in float32, on the first samples."""
+        self._stepper.run(index, self._activations(index).read(*self.batches[0]).float())
 
     def disk_bytes(self) -> int:
         """Return what the two files take."""
-        return 2 * self._tokens.size * self._source.config.hidden_size * self._dtype.itemsize
+        return 2 * self._tokens.size * self._source.config.hidden_size * self.dtype.itemsize
 
     def _activations(self, index: int) -> ActivationFile:
         """Return the file of block `index`'s inputs."""
         path = self._folder / f"activations.{index % 2}"
-        return ActivationFile(path, self._tokens.shape[1], self._source.config.hidden_size, self._dtype)
+        return ActivationFile(path, self._tokens.shape[1], self._source.config.hidden_size, self.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from fptq.checkpoint import Checkpoint
 from fptq.errors import CheckpointError
-from fptq.evaluate.fidelity import Estimate
+from fptq.evaluate.estimates import Estimate
 
 _ROLES = {"qkv": "QKV", "dense": "Dense", "fc1": "FC1", "fc2": "FC2"}
 _SHORT = {"static per-tensor": "static", "dynamic per-token": "dynamic", "none": "float"}
@@ -73,13 +74,13 @@ def range_table(layers: dict[str, dict[str, Any]], statistics: dict[str, np.ndar
         statistics: `<layer>.channel_max` before LAE, and `<layer>.channel_max_after` where there is one.
     """
     extremes: dict[str, list[np.ndarray]] = {}
-    for name, layer in layers.items():
+    for role, name in dict.fromkeys((layer["role"], layer["input"]) for layer in layers.values()):
         before = statistics.get(f"{name}.channel_max")
-        if before is None:  # shares its input with a layer that has them
-            continue
-        after = statistics.get(f"{name}.channel_max_after", before)
-        row = np.array([[before.min(), before.max()], [after.min(), after.max()]])
-        extremes.setdefault(_ROLES[layer["role"]], []).append(row)
+        if before is not None:
+            after = statistics.get(f"{name}.channel_max_after", before)
+            extremes.setdefault(_ROLES[role], []).append(
+                np.array([[before.min(), before.max()], [after.min(), after.max()]])
+            )
     rows = []
     for title, which in (("before LAE", 0), ("after LAE", 1)):
         cells = [title]
@@ -115,13 +116,15 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     worst = sorted(record["layers"].items(), key=lambda item: item[1]["sqnr_db"])[:3]
     calibration = record["calibration"]
     recipe = record["recipe"]
+    sizes = Counter(scheme.group_size for scheme in checkpoint.schemes.values())
+    groups = ", ".join(f"{size} in {count} layers" for size, count in sorted(sizes.items()))
     return "\n".join(
         [
             f"{checkpoint.folder}: {sum(p.stat().st_size for p in shards) / 1e6:.1f} MB in {len(shards)} shard(s)",
             f"  {weights / 1e6:.1f} M weights in int4, {8 * stored / weights:.2f} bits each with their scales; "
             f"KV cache {'int8' if record['cache'] else 'float'}",
-            f"  recipe {recipe['name']}: group size {recipe['group_size']}, v0 {recipe['v0']:g}, v1 {recipe['v1']:g}, "
-            f"alpha {recipe['alpha']:g}",
+            f"  recipe {recipe['name']}: v0 {recipe['v0']:g}, v1 {recipe['v1']:g}, alpha {recipe['alpha']:g}; "
+            f"weight groups of {groups}",
             f"  calibrated on {calibration['source']}: {calibration['samples']} samples of {calibration['length']} "
             f"tokens, seed {calibration['seed']}, fingerprint {calibration['fingerprint'][:12]}",
             "  least signal-to-noise: " + ", ".join(f"{name} {layer['sqnr_db']:.1f} dB" for name, layer in worst),
@@ -129,41 +132,36 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     )
 
 
-def accuracy_table(
-    quantized: dict[str, Estimate], reference: dict[str, Estimate] | None, comparison: dict[str, Estimate]
-) -> str:
-    """Return the metrics of both models side by side, each with its standard error."""
-    if reference is None:
-        return format_table(["", "quantized"], [[_label(m), format_estimate(e)] for m, e in quantized.items()])
-    rows = [
-        [
-            _label(metric),
-            format_estimate(reference[metric]),
-            format_estimate(e),
-            _difference(metric, reference[metric], e),
-        ]
-        for metric, e in quantized.items()
-    ]
-    rows += [[_label(metric), "", format_estimate(estimate), ""] for metric, estimate in comparison.items()]
-    return format_table(["", "float", "quantized", "difference"], rows)
-
-
-def _label(metric: str) -> str:
-    return {
+def accuracy_table(quantized: dict[str, Estimate], reference: dict[str, Estimate] | None) -> str:
+    """Return the metrics of both models side by side, each with its standard error; differences are paired."""
+    labels = {
         "perplexity": "perplexity",
         "lambada_accuracy": "LAMBADA accuracy",
         "kl_divergence": "KL divergence (nats/token)",
         "top1_agreement": "top-1 agreement",
-    }[metric]
+    }
+    shown = [metric for metric in labels if metric in quantized]
+    if reference is None:
+        return format_table(["", "quantized"], [[labels[m], format_estimate(quantized[m])] for m in shown])
+    rows = []
+    for metric in shown:
+        base = format_estimate(reference[metric]) if metric in reference else ""
+        difference = ""
+        if metric == "perplexity":
+            ratio = quantized["perplexity_ratio"]
+            difference = format_estimate(Estimate(100 * (ratio.value - 1), _scaled(ratio.standard_error)), "+") + " %"
+        elif metric == "lambada_accuracy":
+            points = quantized["lambada_difference"]
+            difference = format_estimate(Estimate(100 * points.value, _scaled(points.standard_error)), "+") + " points"
+        rows.append([labels[metric], base, format_estimate(quantized[metric]), difference])
+    return format_table(["", "float", "quantized", "difference"], rows)
 
 
-def format_estimate(estimate: Estimate) -> str:
-    """Return "value ± standard error"."""
+def format_estimate(estimate: Estimate, sign: str = "") -> str:
+    """Return "value ± standard error", with `sign` "+" also the sign of a positive value."""
     error = "" if estimate.standard_error is None else f" ± {estimate.standard_error:.2g}"
-    return f"{estimate.value:.4g}{error}"
+    return f"{estimate.value:{sign}.4g}{error}"
 
 
-def _difference(metric: str, base: Estimate, estimate: Estimate) -> str:
-    if metric == "perplexity":
-        return f"{100 * (estimate.value / base.value - 1):+.1f} %"
-    return f"{100 * (estimate.value - base.value):+.1f} points"
+def _scaled(error: float | None) -> float | None:
+    return None if error is None else 100 * error

@@ -1,4 +1,4 @@
-"""Per-layer signal-to-noise: how far a quantized layer's output is from the float layer's, on calibration data."""
+"""Per-layer signal-to-noise: a quantized layer's output beside the float layer's, on the first calibration batch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def measure_sqnr(
     Args:
         block: the equalized float block.
         linears: its quantized layers by name within the block.
-        run_block: runs the block on calibration data.
+        run_block: runs the block on calibration data, in float32.
     """
     with _comparing(block, linears) as energies:
         run_block()
@@ -55,8 +55,6 @@ def _comparing(block: nn.Module, linears: dict[str, QuantizedLinear]) -> Iterato
     energies: dict[str, _Energies] = {}
     handles = []
     for name, linear in linears.items():
-        codes = numerics.group_codes(torch.from_numpy(linear.codes), linear.group_size)
-        scales = torch.from_numpy(linear.scales).T.contiguous()
         energy = energies[name] = _Energies()
 
         def hook(
@@ -64,10 +62,11 @@ def _comparing(block: nn.Module, linears: dict[str, QuantizedLinear]) -> Iterato
             args: tuple[Any, ...],
             output: torch.Tensor,
             linear: QuantizedLinear = linear,
-            codes: torch.Tensor = codes,
-            scales: torch.Tensor = scales,
             energy: _Energies = energy,
         ) -> None:
+            # float copies of the codes live for one layer at a time: a block of a 70B model has 3 GB of them
+            codes = numerics.group_codes(torch.from_numpy(linear.codes), linear.group_size)
+            scales = torch.from_numpy(linear.scales).T
             x = args[0].reshape(-1, layer.in_features).float()
             bias = layer.bias.float() if layer.bias is not None else None
             wanted = output.reshape(-1, layer.out_features).float()

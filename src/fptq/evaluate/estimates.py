@@ -1,0 +1,37 @@
+"""Figures with their standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its standard error; None where one sample doesn't tell."""
+
+    value: float
+    standard_error: float | None
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """Return the mean of independent values, with the standard error of the sample."""
+    average = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return Estimate(average, None)
+    variance = math.fsum((value - average) ** 2 for value in values) / (len(values) - 1)
+    return Estimate(average, math.sqrt(variance / len(values)))
+
+
+def exponential_of_mean(values: Sequence[float]) -> Estimate:
+    """Return exp(mean), the perplexity if the values are losses; its error is the mean's times it (first order)."""
+    estimate = mean(values)
+    value = math.exp(estimate.value)
+    return Estimate(value, None if estimate.standard_error is None else value * estimate.standard_error)
+
+
+def share(hits: Sequence[bool]) -> Estimate:
+    """Return the share of True, with the binomial standard error."""
+    value = sum(hits) / len(hits)
+    return Estimate(value, math.sqrt(value * (1 - value) / len(hits)))

@@ -1,0 +1,145 @@
+"""Where a job works and what it may overwrite.
+
+A job owns `OUT.partial` beside its output: `job.json` says which job it is, `journal.json` how far it came. The output
+folder itself appears by one rename, complete. Two processes never work in the same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fptq.checkpoint import RECORD_FILE, Checkpoint, CheckpointWriter
+from fptq.errors import CheckpointError, FPTQError, OutputError
+from fptq.shards import write_json
+
+
+class Workspace:
+    """The output folder of a job and the working folder beside it.
+
+    Args:
+        destination: the checkpoint folder to make.
+        identity: everything that decides the result, JSON-ready; parts of another identity are never gone on with.
+        overwrite: drop a finished checkpoint, or a started job, of another identity.
+    """
+
+    def __init__(self, destination: Path, identity: dict[str, Any], *, overwrite: bool):
+        self.destination = destination
+        self.folder = destination.with_name(destination.name + ".partial")
+        self._identity = json.loads(json.dumps(identity))
+        self._overwrite = overwrite
+
+    @property
+    def digest(self) -> str:
+        """The identity's SHA-256: a checkpoint tells its job by it without telling its maker's folders."""
+        return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
+
+    def is_done(self) -> bool:
+        """Return whether the destination holds this very job's checkpoint.
+
+        Raises:
+            OutputError: it holds something that must not be replaced.
+        """
+        refuse_foreign(self.destination)
+        if not (self.destination / RECORD_FILE).is_file() or self._overwrite:
+            return False
+        try:
+            record = Checkpoint.open(self.destination).record
+        except CheckpointError as cause:
+            raise OutputError(
+                f"{self.destination}: holds a damaged checkpoint ({cause}); --overwrite replaces it"
+            ) from cause
+        if record.get("job") != self.digest:
+            raise OutputError(f"{self.destination}: holds a checkpoint of another job; --overwrite replaces it")
+        if self._started() == self._identity:
+            shutil.rmtree(self.folder, ignore_errors=True)  # killed between the last two steps
+        return True
+
+    @contextmanager
+    def working(self) -> Iterator[CheckpointWriter]:
+        """Give a writer into the working folder, made or gone on with.
+
+        Bad input removes the folder, since nothing in it will ever be of use. After anything else it stays.
+
+        Raises:
+            OutputError: it belongs to another job or process, or the disk is full or read-only.
+        """
+        lock = FileLock(self.folder.with_name(self.folder.name + ".lock"))
+        try:
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+            with lock.acquire(timeout=0):
+                self._claim()
+                yield CheckpointWriter(self.folder)
+            Path(lock.lock_file).unlink(missing_ok=True)
+        except Timeout as cause:
+            raise OutputError(f"{self.folder}: another fptq process is working in it") from cause
+        except OutputError:
+            raise
+        except FPTQError:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
+            raise
+        except OSError as cause:
+            place = cause.filename or self.folder
+            raise OutputError(
+                f"{place}: {cause.strerror}; when that is mended, give the same command again to go on"
+            ) from cause
+
+    def _claim(self) -> None:
+        """Make the working folder, or check that the one there is this job's."""
+        if self.folder.exists():
+            started = self._started()
+            if started == self._identity:
+                return
+            if started is None and any(path.name != "job.json.tmp" for path in self.folder.iterdir()):
+                raise OutputError(f"{self.folder}: holds something that fptq didn't make; move it away")
+            if started is not None and not self._overwrite:
+                other = [key for key in self._identity if started.get(key) != self._identity[key]]
+                raise OutputError(
+                    f"{self.folder}: a started job with another {', '.join(other) or 'content'}; "
+                    "give that job's command to go on with it, or --overwrite to drop it"
+                )
+            shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        write_json(self.folder / "job.json", self._identity)
+
+    def _started(self) -> dict[str, Any] | None:
+        """Return the identity of the job in the working folder, or None if there is none that can be read."""
+        try:
+            return json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def next_block(self) -> int | None:
+        """Return the block that is due, or None if the walk hasn't begun."""
+        journal = self.folder / "journal.json"
+        return int(json.loads(journal.read_text(encoding="utf-8"))["next_block"]) if journal.is_file() else None
+
+    def note(self, next_block: int) -> None:
+        """Note that everything before `next_block` is on the disk."""
+        write_json(self.folder / "journal.json", {"next_block": next_block})
+
+    def require_space(self, needed_bytes: float, hint: str) -> None:
+        """Raise OutputError unless the disk has room for what the job will write; `hint` says how to need less."""
+        place = next(path for path in (self.destination, *self.destination.parents) if path.exists())
+        written = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(place).free + written
+        if free < needed_bytes:
+            raise OutputError(
+                f"{place}: {free / 1e9:.2f} GB free, {needed_bytes / 1e9:.2f} GB needed while quantizing ({hint})"
+            )
+
+
+def refuse_foreign(destination: Path) -> None:
+    """Raise OutputError unless `destination` is free, empty, or a checkpoint of ours (sound or not)."""
+    if destination.is_dir() and ((destination / RECORD_FILE).is_file() or not any(destination.iterdir())):
+        return
+    if destination.exists():
+        raise OutputError(f"{destination}: holds something that fptq didn't make; give another folder with -o")
