@@ -197,10 +197,12 @@ class CheckpointWriter:
         final = self.final
         self._merge(final, parts, max_shard_bytes)
         write_json(final / "config.json", config)
-        files = sorted(path for path in final.iterdir() if path.name != RECORD_FILE)
+        files = sorted(path for path in final.rglob("*") if path.is_file() and path != final / RECORD_FILE)
         record = {
             **record,
-            "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of_file(p)} for p in files},
+            "files": {
+                p.relative_to(final).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of_file(p)} for p in files
+            },
         }
         write_json(final / RECORD_FILE, seal(record))
         replaced = destination.with_name(destination.name + ".replaced")
@@ -213,7 +215,7 @@ class CheckpointWriter:
 
     def _merge(self, final: Path, parts: list[str], max_shard_bytes: int) -> None:
         for stale in [*final.glob("*.safetensors*"), *final.glob("*.tmp")]:
-            stale.unlink()
+            stale.unlink(missing_ok=True)
         bundles: list[list[Path]] = [[]]
         size = 0
         for part in map(self.part, parts):
@@ -242,7 +244,7 @@ class CheckpointWriter:
 def seal(record: dict[str, Any]) -> dict[str, Any]:
     """Return the record with the SHA-256 of its other content, so that a changed byte in it shows too."""
     content = {key: value for key, value in record.items() if key != "sha256"}
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(content, sort_keys=True)
     return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
@@ -302,7 +304,11 @@ class Checkpoint:
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise CheckpointError(f"{index}: has no weight_map")
-            odd = [shard for shard in weight_map.values() if not isinstance(shard, str) or Path(shard).name != shard]
+            odd = [
+                shard
+                for shard in weight_map.values()
+                if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard
+            ]
             if odd:
                 raise CheckpointError(f"{index}: {odd[0]!r} is no file name in this folder")
             shards = sorted(set(weight_map.values()))
@@ -341,8 +347,8 @@ class Checkpoint:
                 if not any(_matches(target, name) for name in names):
                     raise CheckpointError(f"{self.folder}: no layer in the shards for config target '{target}'")
         planned = self.record.get("layers")
-        if planned is not None and sorted(planned) != names:
-            odd = sorted(set(planned) ^ set(names))
+        if planned is not None and (not isinstance(planned, dict) or sorted(planned) != names):
+            odd = sorted(set(planned) ^ set(names)) or ["(no object of layers)"]
             raise CheckpointError(f"{self.folder}: {RECORD_FILE} and the shards disagree about layer '{odd[0]}'")
         return schemes
 
@@ -363,10 +369,10 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.folder}: {name} has an input_scale, its scheme is {scheme.activation.value}"
                 )
-        owners = {"weight_packed", "weight_scale", "weight_shape", "input_scale"}
+        parts = {"weight_packed", "weight_scale", "weight_shape", "input_scale"}
         for tensor in self.tensors:
             owner, _, kind = tensor.rpartition(".")
-            if kind in owners and owner not in self.schemes:
+            if (owner in self.schemes) != (kind in parts) and not (owner in self.schemes and kind == "bias"):
                 raise CheckpointError(f"{self.folder}: tensor '{tensor}' belongs to no quantized layer")
 
     def _check_cache(self) -> None:

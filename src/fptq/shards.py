@@ -13,8 +13,10 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,50 +126,71 @@ def read_tensor(path: Path, entry: TensorEntry) -> np.ndarray:
 
 
 def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write arrays to a safetensors file, in the order given: first beside it, then renamed to `path`."""
-    layout = [(name, _NAMES[array.dtype], array.shape, array.nbytes) for name, array in tensors.items()]
-
-    def write(file: Any) -> None:
-        file.write(_header(layout))
-        for array in tensors.values():
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-    write_durably(path, write)
+    """Write arrays to a safetensors file: first beside it, then renamed to `path`."""
+    _write_tensors(path, [_Outgoing(n, a.dtype, a.shape, partial(_bytes_of, a)) for n, a in tensors.items()])
 
 
 def merge_shards(path: Path, sources: Iterable[Path]) -> None:
-    """Concatenate safetensors files into the file `path`, copying by small pieces."""
-    headers = [(source, read_header(source, OutputError)) for source in sources]
-    ordered = [
-        (name, source, entry)
-        for source, entries in headers
-        for name, entry in sorted(entries.items(), key=lambda item: item[1].start)
-    ]
+    """Write the tensors of several safetensors files into the one file `path`, copying by small pieces.
+
+    Raises:
+        OutputError: a source is damaged, two have a tensor of the same name, or `path` can't be written.
+    """
+    outgoing: dict[str, _Outgoing] = {}
+    for source in sources:
+        for name, entry in read_header(source, OutputError).items():
+            if name in outgoing:
+                raise OutputError(f"{source}: tensor '{name}' is in another part, too")
+            outgoing[name] = _Outgoing(name, entry.dtype, entry.shape, partial(_pieces_of, source, entry))
+    _write_tensors(path, list(outgoing.values()))
+
+
+@dataclass(frozen=True)
+class _Outgoing:
+    """A tensor about to be written, with what yields its bytes."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[Any]]
+
+
+def _write_tensors(path: Path, tensors: list[_Outgoing]) -> None:
+    """Write tensors, those of the largest items first: so every one is aligned to its items and can be mapped."""
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    position = 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for tensor in ordered:
+        end = position + math.prod(tensor.shape) * tensor.dtype.itemsize
+        offsets = [position, end]
+        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
 
     def write(file: Any) -> None:
-        file.write(_header([(n, _NAMES[e.dtype], e.shape, e.stop - e.start) for n, _, e in ordered]))
-        for source, entries in headers:
-            with source.open("rb") as incoming:
-                incoming.seek(min((e.start for e in entries.values()), default=0))
-                while piece := incoming.read(_COPY_BYTES):
-                    file.write(piece)
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in ordered:
+            for piece in tensor.pieces():
+                file.write(piece)
 
     write_durably(path, write)
 
 
-def _header(layout: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
-    position = 0
-    values: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for name, dtype, shape, nbytes in layout:
-        values[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [position, position + nbytes],
-        }
-        position += nbytes
-    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+def _bytes_of(array: np.ndarray) -> Iterator[memoryview]:
+    yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _pieces_of(source: Path, entry: TensorEntry) -> Iterator[bytes]:
+    with source.open("rb") as file:
+        file.seek(entry.start)
+        left = entry.stop - entry.start
+        while left:
+            piece = file.read(min(left, _COPY_BYTES))
+            if not piece:
+                raise OutputError(f"{source}: became shorter while it was read")
+            left -= len(piece)
+            yield piece
 
 
 def write_durably(path: Path, write: Callable[[Any], None]) -> None:
@@ -187,7 +210,8 @@ def write_durably(path: Path, write: Callable[[Any], None]) -> None:
         temporary.replace(path)
         _flush_folder(path.parent)
     except OSError as cause:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise OutputError(f"{path}: can't be written ({cause.strerror}); make room or choose another disk") from cause
 
 
