@@ -362,6 +362,17 @@ def test_overflowing_activations_are_refused(llama: Path, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+def test_nothing_infinite_is_written(llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    spoil_weight(model, "model.norm.weight", 1e5)
+    with pytest.raises(QuantizationError, match=r"model\.norm\.weight: has values that torch\.float16 can't hold"):
+        quantize(str(model), tmp_path / "q", SMALL_GROUPS, RANDOM, Options(storage_dtype="float16", progress=False))
+    spoil_weight(model, "model.layers.3.self_attn.q_proj.weight", 1e37)
+    with pytest.raises(QuantizationError):
+        quantize(str(model), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_unusable_models_are_refused(llama: Path, tmp_path: Path) -> None:
     def attempt(match: str) -> None:
         with pytest.raises(ModelError, match=match):

@@ -316,7 +316,7 @@ def test_a_part_without_tensors_adds_nothing(tmp_path: Path) -> None:
 
 def test_two_parts_with_a_tensor_of_one_name_are_not_merged(tmp_path: Path) -> None:
     small_file(tmp_path / "one")
-    with pytest.raises(OutputError, match="tensor '[ab]'"):
+    with pytest.raises(OutputError, match=r"tensor '[ab]'"):
         merge_shards(tmp_path / "merged", [tmp_path / "one", tmp_path / "one"])
 
 

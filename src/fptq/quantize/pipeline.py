@@ -212,7 +212,8 @@ class _Job:
             if owner in plan.layers and key.endswith(".weight"):
                 continue
             exact = owner in changed and tensor.ndim == 1
-            tensors[f"{name}.{key}"] = _to_numpy(tensor.to(torch.float32 if exact else self.storage_dtype))
+            full = f"{name}.{key}"
+            tensors[full] = _stored(full, tensor, torch.float32 if exact else self.storage_dtype)
         return tensors
 
     def _finish(self, writer: CheckpointWriter) -> None:
@@ -220,7 +221,7 @@ class _Job:
         parts = []
         for number, name in enumerate(source.names_outside_blocks()):
             part = f"outside-{number:05d}"
-            writer.add_part(part, {name: _to_numpy(source.read(name).to(self.storage_dtype))})
+            writer.add_part(part, {name: _stored(name, source.read(name), self.storage_dtype)})
             parts.append(part)
         blocks = [f"block-{index:05d}" for index in range(len(source.blocks))]
         records = [json.loads(writer.part(part, ".json").read_text(encoding="utf-8")) for part in blocks]
@@ -324,7 +325,13 @@ def _npz_writer(arrays: dict[str, np.ndarray]) -> Callable[[Any], None]:
     return lambda file: np.savez_compressed(file, **named)
 
 
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    if tensor.dtype is torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.contiguous().numpy()
+def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    """Return a tensor as it will stand in the file.
+
+    Raises:
+        QuantizationError: it has values that `dtype` can't hold.
+    """
+    tensor = tensor.to(dtype).contiguous()
+    if not bool(torch.isfinite(tensor).all()):
+        raise QuantizationError(f"{name}: has values that {dtype} can't hold; use --dtype bfloat16 or float32")
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if dtype is torch.bfloat16 else tensor.numpy()

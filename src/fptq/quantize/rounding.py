@@ -34,6 +34,8 @@ def round_weights(
                 continue
             layer = plan.layers[name]
             codes, scales = numerics.quantize_weight(block.get_submodule(name).weight.float(), layer.group_size)
+            if not bool(torch.isfinite(scales).all()):
+                raise QuantizationError(f"{name}: its weights are too large for a float32 scale; the model is damaged")
             static = layer.activation is Activation.STATIC
             rounded[name] = QuantizedLinear(
                 codes=codes.numpy(),
