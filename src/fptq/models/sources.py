@@ -107,20 +107,13 @@ class GGUFSource:
 
     def __init__(self, path: Path, model: Any, reader: Any):
         """Map the file's tensors to the state dict of `model` (a transformers model on the meta device)."""
-        from transformers.modeling_gguf_pytorch_utils import (
-            TENSOR_PROCESSORS,
-            TensorProcessor,
-            get_gguf_hf_weights_map,
-        )
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self._path = path
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         architecture = reader.fields["general.architecture"].contents()
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-        try:
-            names = get_gguf_hf_weights_map(model, self._processor)
-        except NotImplementedError as cause:
-            raise ArchitectureError(f"{path}: {cause}") from cause
+        names = _gguf_names(architecture, model)
         unknown = sorted(set(self._tensors) - set(names))
         if unknown:
             raise ModelError(
@@ -150,6 +143,24 @@ class GGUFSource:
         """Return name, size and time of change of the file."""
         stat = self._path.stat()
         return [[self._path.name, stat.st_size, stat.st_mtime_ns]]
+
+
+def _gguf_names(architecture: str, model: Any) -> dict[str, str]:
+    """Return the state dict's name of each tensor that a GGUF file of this architecture may have."""
+    import gguf
+
+    known = [key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture]
+    if not known:
+        raise ArchitectureError(f"GGUF architecture '{architecture}' is unknown to the gguf package; upgrade it")
+    table = gguf.get_tensor_name_map(known[0], model.config.num_hidden_layers)
+    prefix = f"{model.base_model_prefix}."
+    names = {}
+    for name in model.state_dict():
+        stem, _, kind = name.rpartition(".")
+        found = table.get_name(stem) or table.get_name(stem.removeprefix(prefix))
+        if found is not None:
+            names[f"{found}.{kind}"] = name
+    return names
 
 
 def open_gguf(path: Path) -> Any:
