@@ -131,6 +131,7 @@ def test_options_change_something(llama: Path, finished: Path, tmp_path: Path) -
         made(get_recipe("fptq", group_size=32, v0=60)),
         made(get_recipe("fptq", group_size=32, v1=20)),
         made(get_recipe("fptq", group_size=32, alpha=0.5)),
+        made(get_recipe("fptq", group_size=32, dynamic=("qkv",))),
         made(get_recipe("fptq", group_size=32, skip=("*.down_proj",))),
         made(spec=CalibrationSpec("random", samples=5, length=24)),
         made(spec=CalibrationSpec("random", samples=6, length=25)),

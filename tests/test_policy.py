@@ -67,6 +67,12 @@ def test_thresholds_and_weight_only_recipe_are_obeyed() -> None:
     assert plan(NORM, 1000.0, get_recipe("rtn-w4a16")).activation is Activation.NONE
 
 
+def test_a_role_can_be_dynamic_whatever_its_range() -> None:
+    recipe = get_recipe("fptq", dynamic=("fc2",))
+    assert plan(FC2, 3.0, recipe).activation is Activation.DYNAMIC
+    assert plan(NORM, 3.0, recipe).activation is Activation.STATIC
+
+
 def test_skip_keeps_a_layer_out_of_the_plan() -> None:
     statistics = BlockStatistics({"q": InputStatistics(np.ones(64, np.float32), -1, 1)})
     decided = decide([NORM], statistics, get_recipe("fptq", skip=("*.3.q",)), "model.layers.3")
@@ -118,6 +124,7 @@ def test_nan_range_is_refused() -> None:
         {"group_size": 12},
         {"alpha": 0},
         {"alpha": float("nan")},
+        {"dynamic": ("down_proj",)},
         {"v1": float("inf")},
     ],
 )
@@ -127,7 +134,7 @@ def test_impossible_recipes_are_refused(values: dict[str, float]) -> None:
 
 
 def test_recipe_and_plan_survive_json() -> None:
-    recipe = get_recipe("fptq-wide", skip=("a", "b"))
+    recipe = get_recipe("fptq-wide", dynamic=("fc2",), skip=("a", "b"))
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     decision = plan(NORM, 20.0)
     assert LayerPlan.from_dict(decision.to_dict()) == decision

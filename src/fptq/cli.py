@@ -17,7 +17,7 @@ from typing import Any
 import fptq
 from fptq.checkpoint import STATISTICS_FILE, Checkpoint
 from fptq.errors import FPTQError, MissingDependencyError, OutputError
-from fptq.recipe import RECIPES, Recipe, get_recipe
+from fptq.recipe import RECIPES, Recipe, Role, get_recipe
 
 _MODEL = "a model folder (safetensors), a GGUF file, a Hugging Face id, or 'demo' (SmolLM2-135M-Instruct)"
 
@@ -80,6 +80,9 @@ def _add_recipe_options(command: argparse.ArgumentParser) -> None:
     add("--v0", type=float, help=f"up to this activation range: static per-tensor (default: {usual.v0:g})")
     add("--v1", type=float, help=f"from this activation range on: dynamic per-token (default: {usual.v1:g})")
     add("--alpha", type=float, help=f"exponent of LAE's logarithm, Eq. 5 (default: {usual.alpha:g})")
+    roles = [role.value for role in Role]
+    dynamic = "quantize such inputs dynamically per token whatever their range; may be repeated"
+    add("--dynamic", action="append", default=[], choices=roles, help=dynamic)
     skip = "keep linear layers whose name matches in float, as '*.down_proj'; may be repeated"
     add("--skip", action="append", default=[], metavar="PATTERN", help=skip)
 
@@ -274,7 +277,7 @@ def _is_checkpoint(folder: Path) -> bool:
 def _recipe(options: argparse.Namespace) -> Recipe:
     given = {name: getattr(options, name) for name in ("group_size", "v0", "v1", "alpha")}
     changes = {name: value for name, value in given.items() if value is not None}
-    return get_recipe(options.recipe, **changes, skip=tuple(options.skip))
+    return get_recipe(options.recipe, **changes, dynamic=tuple(options.dynamic), skip=tuple(options.skip))
 
 
 def _calibration(options: argparse.Namespace) -> Any:

@@ -44,6 +44,8 @@ class Recipe:
         alpha: exponent of the generalized logarithmic activation equalization (Eq. 5); 1 is Eq. 1.
         fuse_into_linear: also equalize where the scale fuses into the rows of a linear layer (attention output into
             v_proj, down_proj into up_proj, FC2 into FC1 through ReLU). The paper fuses into norms only.
+        dynamic: roles whose inputs are quantized dynamically per token whatever their range. ("fc2",) is the paper's
+            Figure 4, which shows every FC2 as dynamic, where Algorithm 1 has those up to v0 static.
         skip: shell patterns; linear layers whose full name matches one stay in float.
     """
 
@@ -54,6 +56,7 @@ class Recipe:
     v1: float = 150.0
     alpha: float = 1.0
     fuse_into_linear: bool = False
+    dynamic: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -63,17 +66,20 @@ class Recipe:
             )
         if not 0 <= self.v0 <= self.v1 < float("inf"):
             raise QuantizationError(f"thresholds v0 = {self.v0}, v1 = {self.v1}: needed finite 0 <= v0 <= v1")
+        unknown = set(self.dynamic) - {role.value for role in Role}
+        if unknown:
+            raise QuantizationError(f"no role {sorted(unknown)}; there are: {', '.join(role.value for role in Role)}")
         if not 0 < self.alpha <= 4:
             raise QuantizationError(f"alpha = {self.alpha}: needed a number above 0 and at most 4")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON-ready values."""
-        return {**asdict(self), "skip": list(self.skip)}
+        return {**asdict(self), "dynamic": list(self.dynamic), "skip": list(self.skip)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """Return the recipe that `to_dict` wrote."""
-        return cls(**{**values, "skip": tuple(values.get("skip", ()))})
+        return cls(**{**values, "dynamic": tuple(values["dynamic"]), "skip": tuple(values["skip"])})
 
 
 RECIPES: dict[str, tuple[Recipe, str]] = {

@@ -78,6 +78,8 @@ def _choose(group: InputGroup, v: float, recipe: Recipe) -> tuple[Activation, bo
     """Return the activation scheme, whether LAE is applied, and why."""
     if not recipe.quantize_activations:
         return Activation.NONE, False, "weight-only recipe"
+    if group.role.value in recipe.dynamic:
+        return Activation.DYNAMIC, False, f"range {v:.4g}; the recipe has {group.role.value} inputs always dynamic"
     v0, v1 = recipe.v0, recipe.v1
     if v <= v0:
         return Activation.STATIC, False, f"range {v:.4g} <= v0 = {v0:g}"
