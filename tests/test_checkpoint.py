@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import fptq.checkpoint
+import fptq.checkpoint.writer
 from fptq.checkpoint import (
     FORMAT_VERSION,
     INDEX_FILE,
@@ -574,8 +574,8 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: i
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (fptq.checkpoint, "merge_shards"),
-        (fptq.checkpoint, "write_json"),
+        (fptq.checkpoint.writer, "merge_shards"),
+        (fptq.checkpoint.writer, "write_json"),
         (Path, "replace"),  # leaves a temporary file
         (Path, "rename"),
         (shutil, "rmtree"),

@@ -272,7 +272,7 @@ def test_interrupted_anywhere_and_resumed_is_bit_identical(
         elif where in ("merge", "rename"):
             writer = pipeline.CheckpointWriter
             if where == "merge":
-                patch.setattr("fptq.checkpoint.merge_shards", breaking(lambda *_: None, lambda *_: True))
+                patch.setattr("fptq.checkpoint.writer.merge_shards", breaking(lambda *_: None, lambda *_: True))
             else:
                 patch.setattr(Path, "rename", breaking(Path.rename, lambda path, *_: path.name == "final"))
             assert writer

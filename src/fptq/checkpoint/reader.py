@@ -1,251 +1,31 @@
-"""The checkpoint folder: compressed-tensors `pack-quantized` in safetensors shards, and one JSON file of our own.
-
-docs/checkpoint.md gives it byte by byte. `CheckpointWriter` makes a folder, `Checkpoint.open` checks one completely
-before anything is taken from it. Neither needs torch or the compressed-tensors package.
-"""
+"""Reading a checkpoint folder, after checking all of it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from fptq import numerics
-from fptq.errors import CheckpointError, OutputError
-from fptq.recipe import Activation
-from fptq.shards import (
-    TensorEntry,
-    merge_shards,
-    read_header,
-    read_tensor,
-    sha256_of_file,
-    write_json,
-    write_shard,
+from fptq.checkpoint.format import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    INT8_STATIC,
+    RECORD_FILE,
+    KVScales,
+    LayerScheme,
+    QuantizedLinear,
+    matches,
+    read_scheme,
+    seal,
 )
-
-RECORD_FILE = "fptq.json"
-STATISTICS_FILE = "fptq_statistics.npz"
-INDEX_FILE = "model.safetensors.index.json"
-FORMAT_VERSION = 1
-MAX_SHARD_BYTES = 5_000_000_000
-
-_INT8_STATIC = {
-    "num_bits": 8,
-    "type": "int",
-    "symmetric": True,
-    "strategy": "tensor",
-    "group_size": None,
-    "dynamic": False,
-}
-_INT8_DYNAMIC = {**_INT8_STATIC, "strategy": "token", "dynamic": True}
-_ACTIVATIONS: dict[Activation, dict[str, Any] | None] = {
-    Activation.NONE: None,
-    Activation.STATIC: _INT8_STATIC,
-    Activation.DYNAMIC: _INT8_DYNAMIC,
-}
-
-
-@dataclass(frozen=True)
-class QuantizedLinear:
-    """A linear layer as the file holds it.
-
-    Attributes:
-        codes: int8 [out_features, in_features] in -8..7.
-        scales: float32 [out_features, in_features / group_size], every value exact in bfloat16.
-        activation: how the layer's input is quantized.
-        input_scale: the input's step size; None unless static.
-    """
-
-    codes: np.ndarray
-    scales: np.ndarray
-    activation: Activation
-    input_scale: float | None
-
-    @property
-    def group_size(self) -> int:
-        """Input channels that share a weight scale."""
-        return self.codes.shape[1] // self.scales.shape[1]
-
-
-@dataclass(frozen=True)
-class KVScales:
-    """Static per-tensor step sizes of a layer's int8 key and value cache."""
-
-    key: float
-    value: float
-
-
-@dataclass(frozen=True)
-class LayerScheme:
-    """What `quantization_config` says of one layer."""
-
-    group_size: int
-    activation: Activation
-
-
-def linear_tensors(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
-    """Return the tensors that store a linear layer called `name`."""
-    tensors = {
-        f"{name}.weight_packed": numerics.pack_int4(linear.codes),
-        f"{name}.weight_scale": linear.scales.astype(ml_dtypes.bfloat16),
-        f"{name}.weight_shape": np.array(linear.codes.shape, np.int64),
-    }
-    if linear.input_scale is not None:
-        tensors[f"{name}.input_scale"] = np.array([linear.input_scale], ml_dtypes.bfloat16)
-    return tensors
-
-
-def cache_tensors(attention: str, scales: KVScales) -> dict[str, np.ndarray]:
-    """Return the tensors that store the KV cache scales of an attention module."""
-    return {
-        f"{attention}.k_scale": np.array([scales.key], ml_dtypes.bfloat16),
-        f"{attention}.v_scale": np.array([scales.value], ml_dtypes.bfloat16),
-    }
-
-
-def quantization_config(
-    layers: dict[str, LayerScheme], *, blocks: str, block_count: int, int8_cache: bool, ignore: list[str]
-) -> dict[str, Any]:
-    """Return the `quantization_config` of config.json for layers by full name.
-
-    A layer that has the same scheme in every block becomes one regular expression; others are listed by name.
-    """
-    by_scheme: dict[tuple[int, Activation], list[str]] = {}
-    for suffix, members in _by_suffix(layers, blocks).items():
-        schemes = {(s.group_size, s.activation) for s in members.values()}
-        if len(schemes) == 1 and len(members) == block_count:
-            target = rf"re:^{re.escape(blocks)}\.\d+\.{re.escape(suffix)}$"
-            by_scheme.setdefault(schemes.pop(), []).append(target)
-        else:
-            for name, scheme in members.items():
-                by_scheme.setdefault((scheme.group_size, scheme.activation), []).append(name)
-    groups = {}
-    for number, ((group_size, activation), targets) in enumerate(sorted(by_scheme.items())):
-        groups[f"group_{number}"] = {
-            "format": "pack-quantized",
-            "targets": targets,
-            "weights": {
-                "num_bits": 4,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group",
-                "group_size": group_size,
-                "dynamic": False,
-            },
-            "input_activations": _ACTIVATIONS[activation],
-            "output_activations": None,
-        }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "config_groups": groups,
-        "kv_cache_scheme": _INT8_STATIC if int8_cache else None,
-        "ignore": ignore,
-    }
-
-
-def _by_suffix(layers: dict[str, LayerScheme], blocks: str) -> dict[str, dict[str, LayerScheme]]:
-    grouped: dict[str, dict[str, LayerScheme]] = {}
-    for name, scheme in layers.items():
-        suffix = name.removeprefix(blocks + ".").split(".", 1)[1]
-        grouped.setdefault(suffix, {})[name] = scheme
-    return grouped
-
-
-class CheckpointWriter:
-    """Collects a checkpoint in a working folder, one part per decoder block, and turns it into a finished folder.
-
-    Parts already written survive the process; `finish` may be repeated after an interruption.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._parts = folder / "parts"
-        self._parts.mkdir(parents=True, exist_ok=True)
-        self.final = folder / "final"
-        """What becomes the checkpoint; tokenizer files and the like are put here before `finish`."""
-        self.final.mkdir(exist_ok=True)
-
-    def part(self, name: str, suffix: str = ".safetensors") -> Path:
-        """Return the path of a part's tensors, or of another file that belongs to the part."""
-        return self._parts / f"{name}{suffix}"
-
-    def add_part(self, name: str, tensors: dict[str, np.ndarray]) -> None:
-        """Store the tensors of one part durably."""
-        write_shard(self.part(name), tensors)
-
-    def finish(
-        self,
-        destination: Path,
-        parts: list[str],
-        config: dict[str, Any],
-        record: dict[str, Any],
-        *,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-    ) -> None:
-        """Merge the parts into shards, add config.json and the record with every file's checksum, rename the folder."""
-        final = self.final
-        self._merge(final, parts, max_shard_bytes)
-        write_json(final / "config.json", config)
-        files = sorted(path for path in final.rglob("*") if path.is_file() and path != final / RECORD_FILE)
-        record = {
-            **record,
-            "files": {
-                p.relative_to(final).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of_file(p)} for p in files
-            },
-        }
-        write_json(final / RECORD_FILE, seal(record))
-        replaced = destination.with_name(destination.name + ".replaced")
-        if destination.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            destination.rename(replaced)
-        final.rename(destination)
-        shutil.rmtree(replaced, ignore_errors=True)
-        shutil.rmtree(self.folder)
-
-    def _merge(self, final: Path, parts: list[str], max_shard_bytes: int) -> None:
-        for stale in [*final.glob("*.safetensors*"), *final.glob("*.tmp")]:
-            stale.unlink(missing_ok=True)
-        bundles: list[list[Path]] = [[]]
-        size = 0
-        for part in map(self.part, parts):
-            if bundles[-1] and size + part.stat().st_size > max_shard_bytes:
-                bundles.append([])
-                size = 0
-            bundles[-1].append(part)
-            size += part.stat().st_size
-        count = len(bundles)
-        names = ["model.safetensors"]
-        if count > 1:
-            names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        for name, bundle in zip(names, bundles, strict=True):
-            merge_shards(final / name, bundle)
-        if count > 1:
-            entries = {name: read_header(final / name, OutputError) for name in names}
-            write_json(
-                final / INDEX_FILE,
-                {
-                    "metadata": {"total_size": sum(e.stop - e.start for h in entries.values() for e in h.values())},
-                    "weight_map": {tensor: name for name, header in entries.items() for tensor in header},
-                },
-            )
-
-
-def seal(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record with the SHA-256 of its other content, so that a changed byte in it shows too."""
-    content = {key: value for key, value in record.items() if key != "sha256"}
-    text = json.dumps(content, sort_keys=True)
-    return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+from fptq.errors import CheckpointError
+from fptq.recipe import Activation
+from fptq.shards import TensorEntry, read_header, read_tensor, sha256_of_file
 
 
 class Checkpoint:
@@ -333,10 +113,10 @@ class Checkpoint:
                 f"{self.folder}: quantization {values['quant_method']}, format {values['format']}; "
                 "needed compressed-tensors, pack-quantized"
             )
-        groups = [(group["targets"], _read_scheme(group)) for group in values["config_groups"].values()]
+        groups = [(group["targets"], read_scheme(group)) for group in values["config_groups"].values()]
         schemes = {}
         for name in names:
-            matching = [scheme for targets, scheme in groups if any(_matches(t, name) for t in targets)]
+            matching = [scheme for targets, scheme in groups if any(matches(t, name) for t in targets)]
             if len(matching) != 1:
                 raise CheckpointError(
                     f"{self.folder}: {len(matching)} config groups target layer '{name}', needed exactly one"
@@ -344,7 +124,7 @@ class Checkpoint:
             schemes[name] = matching[0]
         for targets, _ in groups:
             for target in targets:
-                if not any(_matches(target, name) for name in names):
+                if not any(matches(target, name) for name in names):
                     raise CheckpointError(f"{self.folder}: no layer in the shards for config target '{target}'")
         planned = self.record.get("layers")
         if planned is not None and (not isinstance(planned, dict) or sorted(planned) != names):
@@ -377,7 +157,7 @@ class Checkpoint:
 
     def _check_cache(self) -> None:
         scheme = self.config["quantization_config"].get("kv_cache_scheme")
-        if scheme is not None and any(scheme.get(key) != value for key, value in _INT8_STATIC.items()):
+        if scheme is not None and any(scheme.get(key) != value for key, value in INT8_STATIC.items()):
             raise CheckpointError(f"{self.folder}: kv_cache_scheme {scheme} is not int8 symmetric static per-tensor")
         owners = [{n.rpartition(".")[0] for n in self.tensors if n.endswith(kind)} for kind in (".k_scale", ".v_scale")]
         if owners[0] != owners[1] or bool(owners[0]) != (scheme is not None):
@@ -453,33 +233,6 @@ class Checkpoint:
             if path.stat().st_size != expected["bytes"] or sha256_of_file(path) != expected["sha256"]:
                 raise CheckpointError(f"{path}: differs from the file that was written (SHA-256); copy it again")
             yield name
-
-
-def _read_scheme(group: dict[str, Any]) -> LayerScheme:
-    weights = group["weights"]
-    if (weights["num_bits"], weights["type"], weights["symmetric"], weights["strategy"]) != (
-        4,
-        "int",
-        True,
-        "group",
-    ):
-        raise CheckpointError(f"weights {weights} are not int4, symmetric, in groups: fptq can't run them")
-    if group.get("output_activations") is not None:
-        raise CheckpointError("output_activations are quantized: fptq can't run that")
-    activations = group.get("input_activations")
-    for kind, wanted in _ACTIVATIONS.items():
-        if activations is wanted or (
-            activations and wanted and all(activations.get(key) == value for key, value in wanted.items())
-        ):
-            size = weights["group_size"]
-            if type(size) is not int or size < 1:
-                raise CheckpointError(f"weights: group_size {size!r} is no positive number")
-            return LayerScheme(size, kind)
-    raise CheckpointError(f"input_activations {activations} are neither static per-tensor nor dynamic per-token int8")
-
-
-def _matches(target: str, name: str) -> bool:
-    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,37 @@
+"""The checkpoint folder: compressed-tensors `pack-quantized` in safetensors shards, and one JSON file of our own.
+
+docs/checkpoint.md gives it byte by byte. `CheckpointWriter` makes a folder, `Checkpoint.open` checks one completely
+before anything is taken from it. Neither needs torch or the compressed-tensors package.
+"""
+
+from fptq.checkpoint.format import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    RECORD_FILE,
+    STATISTICS_FILE,
+    KVScales,
+    LayerScheme,
+    QuantizedLinear,
+    cache_tensors,
+    linear_tensors,
+    quantization_config,
+    seal,
+)
+from fptq.checkpoint.reader import Checkpoint
+from fptq.checkpoint.writer import CheckpointWriter
+
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX_FILE",
+    "RECORD_FILE",
+    "STATISTICS_FILE",
+    "Checkpoint",
+    "CheckpointWriter",
+    "KVScales",
+    "LayerScheme",
+    "QuantizedLinear",
+    "cache_tensors",
+    "linear_tensors",
+    "quantization_config",
+    "seal",
+]

@@ -1,0 +1,186 @@
+"""How layers and their schemes stand in a checkpoint: tensors, `quantization_config`, the record's seal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fptq import numerics
+from fptq.errors import CheckpointError
+from fptq.recipe import Activation
+
+RECORD_FILE = "fptq.json"
+STATISTICS_FILE = "fptq_statistics.npz"
+INDEX_FILE = "model.safetensors.index.json"
+FORMAT_VERSION = 1
+MAX_SHARD_BYTES = 5_000_000_000
+
+INT8_STATIC = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "tensor",
+    "group_size": None,
+    "dynamic": False,
+}
+_INT8_DYNAMIC = {**INT8_STATIC, "strategy": "token", "dynamic": True}
+_ACTIVATIONS: dict[Activation, dict[str, Any] | None] = {
+    Activation.NONE: None,
+    Activation.STATIC: INT8_STATIC,
+    Activation.DYNAMIC: _INT8_DYNAMIC,
+}
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A linear layer as the file holds it.
+
+    Attributes:
+        codes: int8 [out_features, in_features] in -8..7.
+        scales: float32 [out_features, in_features / group_size], every value exact in bfloat16.
+        activation: how the layer's input is quantized.
+        input_scale: the input's step size; None unless static.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    activation: Activation
+    input_scale: float | None
+
+    @property
+    def group_size(self) -> int:
+        """Input channels that share a weight scale."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
+
+@dataclass(frozen=True)
+class KVScales:
+    """Static per-tensor step sizes of a layer's int8 key and value cache."""
+
+    key: float
+    value: float
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """What `quantization_config` says of one layer."""
+
+    group_size: int
+    activation: Activation
+
+
+def linear_tensors(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
+    """Return the tensors that store a linear layer called `name`."""
+    tensors = {
+        f"{name}.weight_packed": numerics.pack_int4(linear.codes),
+        f"{name}.weight_scale": linear.scales.astype(ml_dtypes.bfloat16),
+        f"{name}.weight_shape": np.array(linear.codes.shape, np.int64),
+    }
+    if linear.input_scale is not None:
+        tensors[f"{name}.input_scale"] = np.array([linear.input_scale], ml_dtypes.bfloat16)
+    return tensors
+
+
+def cache_tensors(attention: str, scales: KVScales) -> dict[str, np.ndarray]:
+    """Return the tensors that store the KV cache scales of an attention module."""
+    return {
+        f"{attention}.k_scale": np.array([scales.key], ml_dtypes.bfloat16),
+        f"{attention}.v_scale": np.array([scales.value], ml_dtypes.bfloat16),
+    }
+
+
+def quantization_config(
+    layers: dict[str, LayerScheme], *, blocks: str, block_count: int, int8_cache: bool, ignore: list[str]
+) -> dict[str, Any]:
+    """Return the `quantization_config` of config.json for layers by full name.
+
+    A layer that has the same scheme in every block becomes one regular expression; others are listed by name.
+    """
+    by_scheme: dict[tuple[int, Activation], list[str]] = {}
+    for suffix, members in _by_suffix(layers, blocks).items():
+        schemes = {(s.group_size, s.activation) for s in members.values()}
+        if len(schemes) == 1 and len(members) == block_count:
+            target = rf"re:^{re.escape(blocks)}\.\d+\.{re.escape(suffix)}$"
+            by_scheme.setdefault(schemes.pop(), []).append(target)
+        else:
+            for name, scheme in members.items():
+                by_scheme.setdefault((scheme.group_size, scheme.activation), []).append(name)
+    groups = {}
+    for number, ((group_size, activation), targets) in enumerate(sorted(by_scheme.items())):
+        groups[f"group_{number}"] = {
+            "format": "pack-quantized",
+            "targets": targets,
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": group_size,
+                "dynamic": False,
+            },
+            "input_activations": _ACTIVATIONS[activation],
+            "output_activations": None,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "config_groups": groups,
+        "kv_cache_scheme": INT8_STATIC if int8_cache else None,
+        "ignore": ignore,
+    }
+
+
+def _by_suffix(layers: dict[str, LayerScheme], blocks: str) -> dict[str, dict[str, LayerScheme]]:
+    grouped: dict[str, dict[str, LayerScheme]] = {}
+    for name, scheme in layers.items():
+        suffix = name.removeprefix(blocks + ".").split(".", 1)[1]
+        grouped.setdefault(suffix, {})[name] = scheme
+    return grouped
+
+
+def read_scheme(group: dict[str, Any]) -> LayerScheme:
+    """Return what a config group says of the layers it targets.
+
+    Raises:
+        CheckpointError: it describes something that fptq doesn't run.
+    """
+    weights = group["weights"]
+    if (weights["num_bits"], weights["type"], weights["symmetric"], weights["strategy"]) != (
+        4,
+        "int",
+        True,
+        "group",
+    ):
+        raise CheckpointError(f"weights {weights} are not int4, symmetric, in groups: fptq can't run them")
+    if group.get("output_activations") is not None:
+        raise CheckpointError("output_activations are quantized: fptq can't run that")
+    activations = group.get("input_activations")
+    for kind, wanted in _ACTIVATIONS.items():
+        if activations is wanted or (
+            activations and wanted and all(activations.get(key) == value for key, value in wanted.items())
+        ):
+            size = weights["group_size"]
+            if type(size) is not int or size < 1:
+                raise CheckpointError(f"weights: group_size {size!r} is no positive number")
+            return LayerScheme(size, kind)
+    raise CheckpointError(f"input_activations {activations} are neither static per-tensor nor dynamic per-token int8")
+
+
+def matches(target: str, name: str) -> bool:
+    """Return whether a config target, a name or "re:" and a regular expression, means the layer `name`."""
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+
+
+def seal(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record with the SHA-256 of its other content, so that a changed byte in it shows too."""
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    text = json.dumps(content, sort_keys=True)
+    return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
