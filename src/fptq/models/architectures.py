@@ -64,11 +64,13 @@ class Architecture:
         blocks: the name of the list of decoder blocks.
         describe: config → what is in one block (the same for all blocks).
         renamed: prefixes of tensor names that are others in published files: (name in the module, name in files).
+        completed: config → entries that other readers of a checkpoint need in config.json, though the model doesn't.
     """
 
     blocks: str
     describe: Callable[[Any], list[InputGroup]]
     renamed: tuple[tuple[str, str], ...] = ()
+    completed: Callable[[Any], dict[str, Any]] = lambda config: {}
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
@@ -226,7 +228,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm": Architecture("model.layers", _glm),
     "glm4": Architecture("model.layers", _glm),
     "bloom": Architecture("transformer.h", _bloom),
-    "opt": Architecture("model.decoder.layers", _opt),
+    # compressed-tensors asks every config for its number of key/value heads
+    "opt": Architecture(
+        "model.decoder.layers", _opt, completed=lambda config: {"num_key_value_heads": config.num_attention_heads}
+    ),
     "gpt_neox": Architecture("gpt_neox.layers", _gpt_neox, renamed=(("lm_head.", "embed_out."),)),
     "falcon": Architecture("transformer.h", _falcon),
 }

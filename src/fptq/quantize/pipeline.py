@@ -232,6 +232,7 @@ class _Job:
         write_durably(writer.final / STATISTICS_FILE, _npz_writer(arrays))
         source.save_companions(writer.final)
         config = {
+            **source.architecture.completed(source.config),
             **{key: value for key, value in source.config_dict().items() if key != "torch_dtype"},
             "dtype": str(self.storage_dtype).removeprefix("torch."),
             "quantization_config": self._quantization_config(layers),
