@@ -116,6 +116,8 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     worst = sorted(record["layers"].items(), key=lambda item: item[1]["sqnr_db"])[:3]
     calibration = record["calibration"]
     recipe = record["recipe"]
+    changes = f", always dynamic: {', '.join(recipe['dynamic'])}" if recipe["dynamic"] else ""
+    changes += f", in float: {', '.join(recipe['skip'])}" if recipe["skip"] else ""
     sizes = Counter(scheme.group_size for scheme in checkpoint.schemes.values())
     groups = ", ".join(f"{size} in {count} layers" for size, count in sorted(sizes.items()))
     return "\n".join(
@@ -123,7 +125,7 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
             f"{checkpoint.folder}: {sum(p.stat().st_size for p in shards) / 1e6:.1f} MB in {len(shards)} shard(s)",
             f"  {weights / 1e6:.1f} M weights in int4, {8 * stored / weights:.2f} bits each with their scales; "
             f"KV cache {'int8' if record['cache'] else 'float'}",
-            f"  recipe {recipe['name']}: v0 {recipe['v0']:g}, v1 {recipe['v1']:g}, alpha {recipe['alpha']:g}; "
+            f"  recipe {recipe['name']}: v0 {recipe['v0']:g}, v1 {recipe['v1']:g}, alpha {recipe['alpha']:g}{changes}; "
             f"weight groups of {groups}",
             f"  calibrated on {calibration['source']}: {calibration['samples']} samples of {calibration['length']} "
             f"tokens, seed {calibration['seed']}, fingerprint {calibration['fingerprint'][:12]}",
