@@ -82,12 +82,15 @@ def test_evaluate_and_generate(
         (["quantize", "/nowhere", "-o", "{tmp}/q"], "no such folder or file"),
         (["quantize", "{model}", "-o", "{model}", "--calibration", "random"], "didn't make"),
         (["quantize", "{model}", "-o", "{tmp}/q", "--calibration", "random", "--samples", "0"], "0 samples"),
-        (["quantize", "{model}", "-o", "{tmp}/q", "--calibration", "{tmp}/none.txt"], "can't be read"),
+        (["quantize", "{model}", "-o", "{tmp}/q", "--length", "9", "--calibration", "{tmp}/none.txt"], "can't be read"),
         (["quantize", "{model}", "-o", "{tmp}/q", "--v0", "200"], "0 <= v0 <= v1"),
         (["inspect", "{model}", "--verify"], "needs a checkpoint folder"),
         (["evaluate", "{checkpoint}"], "nothing to evaluate on"),
         (["evaluate", "{model}", "--text", "x"], "no quantization_config"),
         (["generate", "{checkpoint}", "w1", "--max-new-tokens", "0"], "max_new_tokens 0"),
+        (["inspect", "{checkpoint}", "--v0", "3"], "already decided; --v0"),
+        (["inspect", "{model}", "--recipe", "rtn-w4a16", "--v1", "9"], "takes no --v0"),
+        (["generate", "{checkpoint}", "w1", "--top-p", "0.5"], "needs a temperature"),
         (["generate", "{tmp}", "w1"], "not a finished checkpoint folder"),
     ],
 )
@@ -127,10 +130,8 @@ def test_interrupt_exits_130(model: Path, tmp_path: Path, monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fptq.quantize.walk.CalibrationWalk.observe", interrupted)
-    assert (
-        main(["quantize", str(model), "-o", str(tmp_path / "q"), "--calibration", "random", "--group-size", "32"])
-        == 130
-    )
+    arguments = ["quantize", str(model), "-o", str(tmp_path / "q"), "--calibration", "random", "--group-size", "32"]
+    assert main([*arguments, "--length", "16"]) == 130
     assert not (tmp_path / "q").exists()
 
 

@@ -171,4 +171,6 @@ def test_evaluate_refuses_what_it_cannot_use(models: tuple[Path, Path], tmp_path
     with pytest.raises(ModelError, match="vocabularies of"):
         evaluate(str(models[1]), str(other), EvaluationSpec("x.txt"), progress=False)
     with pytest.raises(TextError, match="can't be read"):
-        evaluate(str(models[1]), None, EvaluationSpec(str(tmp_path / "none.txt")), progress=False)
+        evaluate(str(models[1]), None, EvaluationSpec(str(tmp_path / "none.txt"), length=64), progress=False)
+    with pytest.raises(EvaluationError, match="longer than the model's context of 256"):
+        evaluate(str(models[1]), None, EvaluationSpec("x.txt"), progress=False)

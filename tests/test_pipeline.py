@@ -177,7 +177,7 @@ def test_the_same_command_again_changes_nothing(llama: Path, tmp_path: Path) -> 
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
-    with pytest.raises(OutputError, match="another job; --overwrite"):
+    with pytest.raises(OutputError, match=r"another job.*--overwrite"):
         quantize(str(llama), tmp_path / "q", get_recipe("fptq", group_size=64), RANDOM, QUIET)
     quantize(str(llama), tmp_path / "q", get_recipe("rtn-w4a16"), RANDOM, Options(overwrite=True, progress=False))
     assert Checkpoint.open(folder).record["recipe"]["name"] == "rtn-w4a16"
@@ -213,22 +213,111 @@ def test_a_foreign_partial_folder_is_left_alone(llama: Path, tmp_path: Path) -> 
     assert (tmp_path / "q.partial" / "thesis.tex").read_text() == "precious"
 
 
-def test_killed_between_the_last_two_steps(
-    llama: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("again", [QUIET, Options(overwrite=True, progress=False)], ids=["plain", "overwrite"])
+@pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
+@pytest.mark.parametrize("name", ["rename", "rmtree", "unlink", "rmdir"])
+def test_killed_at_any_step_of_publishing(
+    name: str,
+    replacing: bool,
+    again: Options,
+    llama: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = shutil.rmtree
+    """Whatever has the name is complete, and the same command again ends with the same bytes and no litter."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    owner = shutil if name == "rmtree" else Path
+    original = getattr(owner, name)
+    publish = pipeline.Workspace.publish
+    target = tmp_path / "q"
+    for call in range(1, 9):
+        shutil.rmtree(tmp_path / "q", ignore_errors=True)
+        if replacing:
+            shutil.copytree(finished, target)
+        calls: list[Path] = []
 
-    def dying(path: Path, *args: object, **kwargs: object) -> None:
-        if Path(path).name == "q.partial":
-            raise KilledError
-        original(path, *args, **kwargs)  # type: ignore[arg-type]
+        def dying(path: Path, *args: object, calls: list[Path] = calls, call: int = call, **kwargs: object) -> object:
+            calls.append(path)
+            if len(calls) == call:
+                raise KilledError
+            return original(path, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", dying)
-        with pytest.raises(KilledError):
-            quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
-    assert files(quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)) == files(finished)
-    assert not (tmp_path / "q.partial").exists()
+        def publishing(*args: object, patched: Callable[..., object] = dying) -> None:
+            with monkeypatch.context() as inner:
+                inner.setattr(owner, name, patched)
+                publish(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.Workspace, "publish", publishing)
+            try:
+                quantize(str(llama), target, SMALL_GROUPS, RANDOM, Options(overwrite=True, progress=False))
+                break  # there is no such call any more
+            except KilledError:
+                pass
+        if target.exists():
+            Checkpoint.open(target)
+        assert files(quantize(str(llama), target, SMALL_GROUPS, RANDOM, again)) == files(finished)
+        assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+def test_what_comes_to_the_destination_meanwhile_is_not_replaced(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = CalibrationWalk.observe
+
+    def observe(*args: object) -> object:
+        (tmp_path / "q").mkdir(exist_ok=True)
+        (tmp_path / "q" / "thesis.tex").write_text("precious")
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CalibrationWalk, "observe", observe)
+    with pytest.raises(OutputError, match="didn't make"):
+        quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    assert (tmp_path / "q" / "thesis.tex").read_text() == "precious"
+
+
+def test_a_link_to_a_folder_is_followed(llama: Path, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "q").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, Options(overwrite=True, progress=False))
+    assert (tmp_path / "q").is_symlink()
+    assert files(tmp_path / "disk") == files(finished)
+
+
+def test_bad_tensors_outside_the_blocks_are_found_first(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CalibrationWalk, "observe", lambda *_: pytest.fail("blocks were run before the head was read"))
+    model = shutil.copytree(llama, tmp_path / "model")
+    spoil_weight(model, "model.norm.weight", float("nan"))
+    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
+        quantize(str(model), tmp_path / "a" / "b" / "q", SMALL_GROUPS, RANDOM, QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"hidden_size": "abc"}, {"hidden_size": 63}, {"num_attention_heads": 0}, {"hidden_act": "x"}, {"model_type": []}],
+)
+def test_a_config_that_makes_no_model_is_an_error(values: dict[str, object], llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **values}))
+    with pytest.raises(ModelError):
+        quantize(str(model), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+
+
+def test_damaged_tokenizer_and_impossible_lengths_are_errors(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="context has 256 tokens"):
+        quantize(str(llama), tmp_path / "q", SMALL_GROUPS, CalibrationSpec("random", 2, 300), QUIET)
+    with pytest.raises(CalibrationError, match="seed -1"):
+        CalibrationSpec("random", seed=-1)
+    model = shutil.copytree(llama, tmp_path / "model")
+    (model / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(ModelError, match="tokenizer can't be read"):
+        quantize(str(model), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
 
 
 def test_bfloat16_computation_leaves_stored_tensors_exact(llama: Path, finished: Path, tmp_path: Path) -> None:
@@ -368,8 +457,9 @@ def test_nothing_infinite_is_written(llama: Path, tmp_path: Path) -> None:
     spoil_weight(model, "model.norm.weight", 1e5)
     with pytest.raises(QuantizationError, match=r"model\.norm\.weight: has values that torch\.float16 can't hold"):
         quantize(str(model), tmp_path / "q", SMALL_GROUPS, RANDOM, Options(storage_dtype="float16", progress=False))
-    spoil_weight(model, "model.layers.3.self_attn.q_proj.weight", 1e37)
-    with pytest.raises(QuantizationError):
+    spoil_weight(model, "model.norm.weight", 1.0)
+    spoil_weight(model, "model.layers.3.mlp.down_proj.weight", 1e37)
+    with pytest.raises(QuantizationError, match=r"NaN or infinite|too large"):
         quantize(str(model), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
@@ -429,7 +519,9 @@ def test_impossible_group_size_leaves_nothing(tmp_path: Path) -> None:
 def test_calibration_without_tokenizer_points_to_random(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text")
     with pytest.raises(CalibrationError, match="random"):
-        quantize(str(llama), tmp_path / "q", SMALL_GROUPS, CalibrationSpec(str(tmp_path / "text.txt")), QUIET)
+        quantize(
+            str(llama), tmp_path / "q", SMALL_GROUPS, CalibrationSpec(str(tmp_path / "text.txt"), length=64), QUIET
+        )
 
 
 def test_occupied_output_is_refused_and_untouched(llama: Path, tmp_path: Path) -> None:

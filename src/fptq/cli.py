@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a mistake that a message explains, 2 wrong usage, 130 inte
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fptq
-from fptq.checkpoint import STATISTICS_FILE, Checkpoint
+from fptq.checkpoint import RECORD_FILE, Checkpoint
 from fptq.errors import FPTQError, MissingDependencyError, OutputError
 from fptq.recipe import RECIPES, Recipe, Role, get_recipe
 
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "─" or "±" still shows the rest
     try:
         _quiet_transformers(options)
         options.run(options)
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fptq: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nfptq: interrupted", file=sys.stderr)
+        print("\nfptq: interrupted; 'fptq quantize' goes on when it is given the same command again", file=sys.stderr)
         return 130
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -194,6 +198,13 @@ def _quantize(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     folder = Path(options.model).expanduser()
     if _is_checkpoint(folder):
+        parser_defaults = _parser().parse_args(["inspect", options.model])
+        about_floats = vars(options).keys() - {"model", "verify", "summary", "json", "run"}
+        given = sorted(n for n in about_floats if getattr(options, n) != getattr(parser_defaults, n))
+        if given:
+            raise FPTQError(
+                f"{folder}: is a checkpoint, already decided; --{given[0].replace('_', '-')} is for float models"
+            )
         checkpoint = Checkpoint.open(folder)
         if options.verify:
             print(f"{len(list(checkpoint.verify()))} files are as they were written\n")
@@ -253,7 +264,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _print_checkpoint(checkpoint: Checkpoint, *, summary: bool) -> None:
-    from fptq.report.tables import checkpoint_summary, load_statistics, plan_table, policy_table, range_table
+    from fptq.report.tables import checkpoint_summary, plan_table, policy_table, range_table
 
     layers = checkpoint.record.get("layers")
     if layers is None:
@@ -261,7 +272,7 @@ def _print_checkpoint(checkpoint: Checkpoint, *, summary: bool) -> None:
     tables = [] if summary else [plan_table(layers)]
     tables += [
         policy_table(layers),
-        range_table(layers, load_statistics(checkpoint.folder / STATISTICS_FILE)),
+        range_table(layers, checkpoint.statistics()),
         checkpoint_summary(checkpoint),
     ]
     print("\n\n".join(tables))
@@ -269,15 +280,21 @@ def _print_checkpoint(checkpoint: Checkpoint, *, summary: bool) -> None:
 
 def _is_checkpoint(folder: Path) -> bool:
     try:
+        if (folder / RECORD_FILE).exists():
+            return True
         return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    given = {name: getattr(options, name) for name in ("group_size", "v0", "v1", "alpha")}
-    changes = {name: value for name, value in given.items() if value is not None}
-    return get_recipe(options.recipe, **changes, dynamic=tuple(options.dynamic), skip=tuple(options.skip))
+    names = ("group_size", "v0", "v1", "alpha", "dynamic", "skip")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) not in (None, [])}
+    if not get_recipe(options.recipe).quantize_activations and given.keys() - {"group_size", "skip"}:
+        raise FPTQError(
+            f"recipe {options.recipe} leaves activations in float: it takes no --v0, --v1, --alpha, --dynamic"
+        )
+    return get_recipe(options.recipe, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
 def _calibration(options: argparse.Namespace) -> Any:

@@ -44,11 +44,11 @@ def scale_from_absmax(absmax: Array, bits: int) -> Array:
     """Return the step size max|x| / (2^(b-1) - 1), Eq. 3, as a number that bfloat16 holds.
 
     An input of zeros, or of nothing above 127 · 2^-126, gets the step 1: its codes are 0, and no scale is a subnormal
-    number that a cast would change.
+    number that a cast would change. An input that isn't finite, or above 2^111, gets NaN.
     """
     xp = array_api_compat.array_namespace(absmax)
     scale = round_to_bfloat16(absmax / float(integer_range(bits)[1]))
-    return xp.where(scale >= 2.0**-126, scale, xp.ones_like(scale))
+    return xp.where(scale < 2.0**-126, xp.ones_like(scale), scale)
 
 
 def quantize(x: Array, scale: Array | float, bits: int) -> Array:

@@ -208,14 +208,14 @@ def write_durably(path: Path, write: Callable[[Any], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as cause:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OutputError(f"{path}: can't be written ({cause.strerror}); make room or choose another disk") from cause
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make a rename durable, where the system can (Windows can't open folders)."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -227,7 +227,12 @@ def _flush_folder(folder: Path) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` as readable JSON, durably."""
-    write_durably(path, lambda file: file.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()))
+    write_durably(path, lambda file: file.write(json_bytes(values)))
+
+
+def json_bytes(values: dict[str, Any]) -> bytes:
+    """Return `values` as the readable JSON that `write_json` writes."""
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def sha256_of_file(path: Path) -> str:

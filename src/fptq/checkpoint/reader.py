@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from fptq.checkpoint.format import (
     INDEX_FILE,
     INT8_STATIC,
     RECORD_FILE,
+    STATISTICS_FILE,
     KVScales,
     LayerScheme,
     QuantizedLinear,
@@ -25,7 +28,7 @@ from fptq.checkpoint.format import (
 )
 from fptq.errors import CheckpointError
 from fptq.recipe import Activation
-from fptq.shards import TensorEntry, read_header, read_tensor, sha256_of_file
+from fptq.shards import TensorEntry, json_bytes, read_header, read_tensor, sha256_of_file
 
 
 class Checkpoint:
@@ -218,6 +221,21 @@ class Checkpoint:
         parts = (".weight_packed", ".weight_scale", ".weight_shape", ".input_scale", ".k_scale", ".v_scale")
         return [name for name in self.tensors if not name.endswith(parts)]
 
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Return the arrays of the statistics file; empty if there is none.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        path = self.folder / STATISTICS_FILE
+        if not path.exists():
+            return {}
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as cause:
+            raise CheckpointError(f"{path}: can't be read ({cause}); --verify shows what else is damaged") from cause
+
     def verify(self) -> Iterator[str]:
         """Compare every file with its recorded checksum; yield each name that was found sound.
 
@@ -226,6 +244,10 @@ class Checkpoint:
         """
         if "files" not in self.record:
             raise CheckpointError(f"{self.folder}: has no {RECORD_FILE} with checksums; nothing to verify against")
+        path = self.folder / RECORD_FILE
+        if path.read_bytes() != json_bytes(self.record):
+            raise CheckpointError(f"{path}: differs from the file that was written; copy it again")
+        yield RECORD_FILE
         for name, expected in self.record["files"].items():
             path = self.folder / name
             if not path.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from fptq.shards import merge_shards, read_header, sha256_of_file, write_json, w
 
 
 class CheckpointWriter:
-    """Collects a checkpoint in a working folder, one part per decoder block, and turns it into a finished folder.
+    """Collects a checkpoint in a working folder, one part per decoder block, and turns them into a finished folder.
 
     Parts already written survive the process; `finish` may be repeated after an interruption.
     """
@@ -37,14 +36,13 @@ class CheckpointWriter:
 
     def finish(
         self,
-        destination: Path,
         parts: list[str],
         config: dict[str, Any],
         record: dict[str, Any],
         *,
         max_shard_bytes: int = MAX_SHARD_BYTES,
-    ) -> None:
-        """Merge the parts into shards, add config.json and the record with every file's checksum, rename the folder."""
+    ) -> Path:
+        """Merge the parts into shards, add config.json and the record with every file's checksum; return the folder."""
         final = self.final
         self._merge(final, parts, max_shard_bytes)
         write_json(final / "config.json", config)
@@ -56,13 +54,7 @@ class CheckpointWriter:
             },
         }
         write_json(final / RECORD_FILE, seal(record))
-        replaced = destination.with_name(destination.name + ".replaced")
-        if destination.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            destination.rename(replaced)
-        final.rename(destination)
-        shutil.rmtree(replaced, ignore_errors=True)
-        shutil.rmtree(self.folder)
+        return final
 
     def _merge(self, final: Path, parts: list[str], max_shard_bytes: int) -> None:
         for stale in [*final.glob("*.safetensors*"), *final.glob("*.tmp")]:

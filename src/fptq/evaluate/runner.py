@@ -20,7 +20,7 @@ from fptq.evaluate.fidelity import (
 )
 from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel
-from fptq.models.text import beginning_of_sequence, hub_text, read_text
+from fptq.models.text import beginning_of_sequence, hub_text, local_text, read_text
 
 COMPARISONS = ("kl_divergence", "top1_agreement", "perplexity_ratio", "lambada_difference")
 """The metrics that speak of a difference to the reference."""
@@ -123,6 +123,12 @@ def score(
     metrics: dict[str, dict[str, Estimate]] = {name: {} for name in models}
     counts = {}
     if spec.text is not None:
+        for model in models.values():
+            context = getattr(model.model.config, "max_position_embeddings", None)
+            if context and spec.length > context:
+                raise EvaluationError(
+                    f"windows of {spec.length} tokens are longer than the model's context of {context}"
+                )
         start = beginning_of_sequence(tokenizer)
         tokens = tokenizer(_load_text(spec.text), add_special_tokens=False).input_ids
         windows = cut_windows(tokens, start, spec.length, spec.limit)
@@ -142,7 +148,5 @@ def score(
 
 
 def _load_text(source: str) -> str:
-    path = Path(source).expanduser()
-    if not path.exists() and "/" in source and not source.startswith((".", "/", "~")):
-        return hub_text(source)
-    return read_text(path)
+    path = local_text(source)
+    return hub_text(source) if path is None else read_text(path)

@@ -112,12 +112,16 @@ def load(folder: str | Path) -> tuple[nn.Module, Any]:
 
     Raises:
         CheckpointError: the folder isn't a sound checkpoint, or doesn't fit its own config.
+        ModelError: its architecture isn't in the table, or its config or tokenizer is damaged.
     """
     checkpoint = Checkpoint.open(folder)
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
-    except (ValueError, KeyError, OSError) as cause:
-        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: transformers can't read it ({cause})") from cause
+        has_generation = (checkpoint.folder / "generation_config.json").exists()
+        generation = GenerationConfig.from_pretrained(checkpoint.folder) if has_generation else None
+    # a damaged configuration ends in whatever error transformers runs into
+    except Exception as cause:
+        raise CheckpointError(f"{checkpoint.folder}: transformers can't read its configuration ({cause})") from cause
     architecture = get_architecture(config.model_type)
     del config.quantization_config  # our linears, not compressed-tensors' decompression
     model = build_skeleton(config)
@@ -136,8 +140,8 @@ def load(folder: str | Path) -> tuple[nn.Module, Any]:
     model.requires_grad_(False)
     cache = checkpoint.cache_scales()
     model.fptq_cache_scales = [cache[name] for name in attention] if cache else []
-    if (checkpoint.folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    if generation is not None:
+        model.generation_config = generation
     return model.eval(), load_tokenizer(checkpoint.folder)
 
 
@@ -148,7 +152,8 @@ def _attention_names(model: nn.Module, architecture: Any, config: Any) -> list[s
 
 def _check_names(checkpoint: Checkpoint, model: nn.Module, attention: list[str]) -> None:
     """Raise CheckpointError unless the file has exactly the tensors that the model needs, in its shapes."""
-    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items() if name not in tied_names(model)}
+    tied = tied_names(model)
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items() if name not in tied}
     for name in checkpoint.schemes:
         shape = wanted.pop(f"{name}.weight", None)
         stored = tuple(int(n) for n in checkpoint.read(f"{name}.weight_shape"))
@@ -206,11 +211,13 @@ def generate(
     """
     if tokenizer is None:
         raise GenerationError("the checkpoint has no tokenizer, so it can't read a prompt")
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or not 0 <= seed < 2**63:
         raise GenerationError(
-            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: "
-            "needed at least 1, at least 0, and above 0 up to 1"
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}, seed {seed}: "
+            "needed at least 1, at least 0, above 0 up to 1, and from 0 up to 2^63"
         )
+    if top_p < 1 and temperature == 0:
+        raise GenerationError("top_p chooses among sampled words: it needs a temperature above 0")
     if chat:
         if tokenizer.chat_template is None:
             raise GenerationError("the model's tokenizer has no chat template; leave out --chat")

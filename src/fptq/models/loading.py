@@ -1,6 +1,6 @@
 """A float model that is never in memory whole: a transformers model on the meta device and the source of its tensors.
 
-`FloatModel.open` builds the first and checks it against the second; `load` fills one module, `unload` empties it.
+`FloatModel.open` builds the first and checks it against the second; `load` fills one module.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fptq.errors import ArchitectureError, ModelError
+from fptq.errors import ArchitectureError, FPTQError, ModelError
 from fptq.models.architectures import Architecture, InputGroup, get_architecture
 from fptq.models.sources import GGUFSource, SafetensorsSource, TensorSource, locate, open_gguf
+from fptq.shards import sha256_of_file
 
 # Buffers that old files carry and that today's models compute: rotary frequencies and causal masks.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attention\.(masked_)?bias|attn\.(masked_)?bias)$")
@@ -211,6 +212,17 @@ class FloatModel:
         values.pop("_name_or_path", None)
         return {"architectures": [type(self.model).__name__], **values}
 
+    def check_length(self, length: int, error: type[FPTQError]) -> None:
+        """Raise `error` if `length` tokens don't fit the model's context."""
+        context = getattr(self.config, "max_position_embeddings", None)
+        if context and length > context:
+            raise error(f"--length {length}: the model's context has {context} tokens")
+
+    def companion_digests(self) -> dict[str, str]:
+        """Return the SHA-256 of each tokenizer and generation file that a model folder has."""
+        paths = [self.location / name for name in _COMPANIONS] if self.location.is_dir() else []
+        return {path.name: sha256_of_file(path) for path in paths if path.is_file()}
+
     def save_companions(self, folder: Path) -> None:
         """Put tokenizer and generation files into `folder`: copies of the model folder's, or made from the GGUF."""
         from transformers import GenerationConfig
@@ -219,13 +231,14 @@ class FloatModel:
             for name in _COMPANIONS:
                 if (self.location / name).is_file():
                     shutil.copyfile(self.location / name, folder / name)
-            return
-        if self.tokenizer is not None:
+        elif self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-        GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+        if not (folder / "generation_config.json").exists():
+            GenerationConfig.from_model_config(self.config).save_pretrained(folder)
 
 
 def _read_folder_config(folder: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = folder / "config.json"
@@ -238,7 +251,15 @@ def _read_folder_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder)
     except FileNotFoundError as cause:
         raise ModelError(f"{folder}: no config.json in it; needed a Hugging Face model folder") from cause
-    except (ValueError, KeyError, AttributeError, OSError) as cause:
+    except (
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ArithmeticError,
+        OSError,
+        StrictDataclassError,
+    ) as cause:
         raise ModelError(f"{path}: can't be read as a model's configuration ({cause})") from cause
 
 
@@ -271,23 +292,42 @@ def library_versions() -> dict[str, str]:
 
 
 def build_skeleton(config: Any) -> nn.Module:
-    """Return the transformers model of a config on the meta device: names and shapes without memory."""
+    """Return the transformers model of a config on the meta device: names and shapes without memory.
+
+    Raises:
+        ModelError: transformers can't build it.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # a config that contradicts itself ends in whatever error the model's code runs into
+    except Exception as cause:
+        raise ModelError(
+            f"transformers can't build a {config.model_type} model of this configuration ({cause!r})"
+        ) from cause
     return model.eval()
 
 
 def load_tokenizer(location: Path) -> Any | None:
-    """Return the tokenizer of a model folder or GGUF file, or None if there is none."""
+    """Return the tokenizer of a model folder or GGUF file, or None if there is none.
+
+    Raises:
+        ModelError: it is damaged.
+    """
     from transformers import AutoTokenizer
 
-    if location.is_file():
-        return AutoTokenizer.from_pretrained(location.parent, gguf_file=location.name)
-    if not any((location / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    folder, options = (location.parent, {"gguf_file": location.name}) if location.is_file() else (location, {})
+    if not options and not any(
+        (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
         return None
-    return AutoTokenizer.from_pretrained(location)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    # the Rust tokenizers raise bare Exceptions
+    except Exception as cause:
+        raise ModelError(f"{location}: its tokenizer can't be read ({cause}); fetch it again") from cause
 
 
 def tied_names(model: nn.Module) -> set[str]:

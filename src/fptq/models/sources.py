@@ -82,9 +82,9 @@ def _find_shards(folder: Path) -> list[Path]:
     if index.exists():
         try:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as cause:
+            missing = [name for name in files if not (folder / name).is_file()]
+        except (ValueError, KeyError, AttributeError, TypeError) as cause:
             raise ModelError(f"{index}: no valid index of shards ({cause}); fetch the model again") from cause
-        missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise ModelError(
                 f"{folder}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}; fetch them"
@@ -208,10 +208,16 @@ def _download(model: str) -> Path:
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"]))
+        folder = Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise ModelError(
             f"{model}: no such local folder, and it can't be fetched from the Hugging Face Hub ({reason}). "
             "Check the name, the network, or `hf auth login` for gated models"
         ) from cause
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{model}: has no safetensors weights on the Hub, perhaps only pickle ones, which can run code when they "
+            "are opened. Convert it where you trust it: AutoModelForCausalLM.from_pretrained(id).save_pretrained(dir)"
+        )
+    return folder

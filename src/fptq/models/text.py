@@ -11,12 +11,22 @@ from fptq.errors import MissingDependencyError, TextError
 
 
 def beginning_of_sequence(tokenizer: Any | None) -> list[int]:
-    """Return the special tokens that the tokenizer puts in front of a text: one, or none."""
+    """Return the special tokens that the tokenizer puts in front of a text: often one, or none."""
     if tokenizer is None:
         return []
     plain = tokenizer("a", add_special_tokens=False).input_ids
     full = tokenizer("a").input_ids
     return list(full[: full.index(plain[0])]) if plain and plain[0] in full else []
+
+
+def local_text(source: str) -> Path | None:
+    """Return the file that `source` names, or None if it is the id of a Hub data set ("owner/name[:configuration]").
+
+    What exists, has a text file's ending, or has no "/" inside, is a file.
+    """
+    path = Path(source).expanduser()
+    ending = path.suffix in (".txt", ".jsonl", ".json", ".raw", ".md")
+    return path if path.exists() or ending or source.count("/") != 1 or source[0] in "./~" else None
 
 
 def read_documents(path: Path, piece_characters: int) -> Iterator[str]:

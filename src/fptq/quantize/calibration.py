@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fptq.errors import CalibrationError, TextError
-from fptq.models.text import beginning_of_sequence, hub_documents, read_documents
+from fptq.models.text import beginning_of_sequence, hub_documents, local_text, read_documents
 
 PILE = "mit-han-lab/pile-val-backup"
 """The Hub data set behind `--calibration pile`: the Pile's validation split."""
@@ -40,6 +39,8 @@ class CalibrationSpec:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.length < 2:
             raise CalibrationError(f"{self.samples} samples of {self.length} tokens: needed at least 1 of at least 2")
+        if self.seed < 0:
+            raise CalibrationError(f"seed {self.seed}: needed 0 or a positive number")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class CalibrationData:
 
     def describe(self) -> dict[str, Any]:
         """Return source, shape, seed and fingerprint, JSON-ready."""
-        source = Path(self.spec.source).name if _is_file(self.spec.source) else self.spec.source
+        known = self.spec.source in ("pile", "random")
+        path = None if known else local_text(self.spec.source)
+        source = self.spec.source if path is None else path.name
         return {
             **asdict(self.spec),
             "source": source,
@@ -125,12 +128,9 @@ def _pack(documents: Iterator[str], spec: CalibrationSpec, tokenizer: Any) -> np
     return np.array(samples, dtype=np.int64)
 
 
-def _is_file(source: str) -> bool:
-    return source.endswith((".txt", ".jsonl"))
-
-
 def _documents(spec: CalibrationSpec) -> Iterator[str]:
-    if _is_file(spec.source):
-        return read_documents(Path(spec.source), piece_characters=8 * spec.length)
+    path = None if spec.source == "pile" else local_text(spec.source)
+    if path is not None:
+        return read_documents(path, piece_characters=8 * spec.length)
     name = PILE if spec.source == "pile" else spec.source
     return hub_documents(name, count=8 * spec.samples, seed=spec.seed)

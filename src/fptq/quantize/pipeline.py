@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,14 +31,14 @@ from fptq.checkpoint import (
     linear_tensors,
     quantization_config,
 )
-from fptq.errors import QuantizationError
+from fptq.errors import CalibrationError, QuantizationError
 from fptq.models.architectures import attention_name
 from fptq.models.loading import FloatModel, library_versions
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationData, CalibrationSpec, load_calibration
 from fptq.quantize.equalize import equalize_
 from fptq.quantize.observe import BlockStatistics
-from fptq.quantize.policy import BlockPlan, decide, is_skipped
+from fptq.quantize.policy import BlockPlan, choose_group_size, decide, is_skipped
 from fptq.quantize.rounding import cache_scales, round_weights
 from fptq.quantize.sqnr import measure_sqnr
 from fptq.quantize.walk import CalibrationWalk
@@ -93,9 +94,10 @@ def quantize(
     options = options or Options()
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     calibration = CalibrationSpec(calibration) if isinstance(calibration, str) else calibration
-    destination = Path(output).expanduser().absolute()
+    destination = Path(os.path.realpath(Path(output).expanduser()))
     refuse_foreign(destination)
     source = FloatModel.open(model)
+    source.check_length(calibration.length, CalibrationError)
     data = load_calibration(calibration, source.tokenizer, source.config.vocab_size)
     return _Job(source, destination, recipe, data, options).run()
 
@@ -120,6 +122,7 @@ class _Job:
             "model": str(self.source.location.resolve()),
             "config": self.source.config_dict(),
             "files": self.source.tensors.identity(),
+            "companions": self.source.companion_digests(),
             "recipe": self.recipe.to_dict(),
             "calibration": self.data.describe(),
             "compute_dtype": self.options.compute_dtype,
@@ -128,26 +131,32 @@ class _Job:
 
     def run(self) -> Path:
         """Go through all blocks that are not done yet, and finish."""
-        if self.workspace.is_done():
-            return self.workspace.destination
-        check_skips(self.source, self.recipe)
-        activations = self.walk.disk_bytes()
-        hint = f"{activations / 1e9:.2f} GB of it calibration activations: fewer --samples need less"
-        self.workspace.require_space(activations + 2 * self._checkpoint_bytes(), hint)
-        with self.workspace.working() as writer:
+        check_layers(self.source, self.recipe)
+        with self.workspace.locked():
+            if self.workspace.is_done():
+                return self.workspace.destination
+            activations = self.walk.disk_bytes()
+            hint = f"{activations / 1e9:.2f} GB of it calibration activations: fewer --samples need less"
+            self.workspace.require_space(activations + 2 * self._checkpoint_bytes(), hint)
+            writer = self.workspace.claim()
             reached = self.workspace.next_block()
-            batches = len(self.walk.batches)
-            total, done = len(self.source.blocks) * batches, (reached or 0) * batches
-            with progress_bar(total, initial=done, show=self.options.progress) as bar:
-                self.walk.begin(fresh=reached is None)
-                if reached is None:
-                    self.workspace.note(0)
-                for index in range(reached or 0, len(self.source.blocks)):
-                    bar.set_description(f"block {index + 1}/{len(self.source.blocks)}")
-                    self._quantize_block(index, writer, bar)
-                bar.set_description("writing")
-            self._finish(writer)
+            if reached is None:
+                self._write_outside(writer)
+            self._walk_blocks(writer, reached)
+            self.workspace.publish(self._finish(writer))
         return self.workspace.destination
+
+    def _walk_blocks(self, writer: CheckpointWriter, reached: int | None) -> None:
+        """Quantize all blocks from `reached` on; None if the walk hasn't begun."""
+        blocks, batches = len(self.source.blocks), len(self.walk.batches)
+        with progress_bar(blocks * batches, initial=(reached or 0) * batches, show=self.options.progress) as bar:
+            self.walk.begin(fresh=reached is None)
+            if reached is None:
+                self.workspace.note(0)
+            for index in range(reached or 0, blocks):
+                bar.set_description(f"block {index + 1}/{blocks}")
+                self._quantize_block(index, writer, bar)
+            bar.set_description("writing")
 
     def _checkpoint_bytes(self) -> float:
         """Return about what the checkpoint will take: 4 bits and a 16-bit scale a group, the rest as it is stored."""
@@ -216,24 +225,30 @@ class _Job:
             tensors[full] = _stored(full, tensor, torch.float32 if exact else self.storage_dtype)
         return tensors
 
-    def _finish(self, writer: CheckpointWriter) -> None:
+    def _write_outside(self, writer: CheckpointWriter) -> None:
+        """Store embeddings, last norm and head, first of all: a damaged one shows before hours of work."""
+        for part, name in self._outside_parts().items():
+            writer.add_part(part, {name: _stored(name, self.source.read(name), self.storage_dtype)})
+
+    def _outside_parts(self) -> dict[str, str]:
+        return {f"outside-{number:05d}": name for number, name in enumerate(self.source.names_outside_blocks())}
+
+    def _finish(self, writer: CheckpointWriter) -> Path:
         source = self.source
-        parts = []
-        for number, name in enumerate(source.names_outside_blocks()):
-            part = f"outside-{number:05d}"
-            writer.add_part(part, {name: _stored(name, source.read(name), self.storage_dtype)})
-            parts.append(part)
         blocks = [f"block-{index:05d}" for index in range(len(source.blocks))]
         records = [json.loads(writer.part(part, ".json").read_text(encoding="utf-8")) for part in blocks]
         layers = {name: layer for record in records for name, layer in record["layers"].items()}
         cache = {name: c for record in records for name, c in record["cache"].items() if c}
 
-        arrays = {key: array for part in blocks for key, array in np.load(writer.part(part, ".npz")).items()}
+        arrays: dict[str, np.ndarray] = {}
+        for part in blocks:
+            with np.load(writer.part(part, ".npz")) as stored:
+                arrays |= dict(stored)
         write_durably(writer.final / STATISTICS_FILE, _npz_writer(arrays))
         source.save_companions(writer.final)
         config = {
             **source.architecture.completed(source.config),
-            **{key: value for key, value in source.config_dict().items() if key != "torch_dtype"},
+            **{key: value for key, value in source.config_dict().items() if key not in ("torch_dtype", "auto_map")},
             "dtype": str(self.storage_dtype).removeprefix("torch."),
             "quantization_config": self._quantization_config(layers),
         }
@@ -247,7 +262,7 @@ class _Job:
             "cache": cache,
             "job": self.workspace.digest,
         }
-        writer.finish(self.workspace.destination, parts + blocks, config, record)
+        return writer.finish([*self._outside_parts(), *blocks], config, record)
 
     def _quantization_config(self, layers: dict[str, Any]) -> dict[str, Any]:
         schemes = {
@@ -265,19 +280,25 @@ class _Job:
         )
 
 
-def check_skips(source: FloatModel, recipe: Recipe) -> None:
-    """Raise QuantizationError if a skip pattern matches no layer, or if the patterns leave nothing to quantize."""
-    names = [
-        f"{source.block_name(index)}.{layer}"
-        for index in range(len(source.blocks))
+def check_layers(source: FloatModel, recipe: Recipe) -> None:
+    """Raise QuantizationError for what can be known of the layers before anything is computed.
+
+    A skip pattern matches no layer, the patterns leave nothing to quantize, or no group size fits a layer.
+    """
+    widths = {
+        f"{source.block_name(index)}.{layer}": block.get_submodule(layer).in_features
+        for index, block in enumerate(source.blocks)
         for group in source.groups
         for layer in group.layers
-    ]
+    }
     for pattern in recipe.skip:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise QuantizationError(f"--skip '{pattern}' matches no layer; layers are named like {names[0]}")
-    if all(is_skipped(name, recipe) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in widths):
+            raise QuantizationError(f"--skip '{pattern}' matches no layer; layers are named like {next(iter(widths))}")
+    quantized = [name for name in widths if not is_skipped(name, recipe)]
+    if not quantized:
         raise QuantizationError("--skip leaves no layer to quantize")
+    for name in quantized:
+        choose_group_size(widths[name], recipe.group_size, name)
 
 
 def preview(
@@ -290,10 +311,11 @@ def preview(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """Return what `quantize` would decide, as JSON-ready plans by layer, and the statistics behind it."""
     source = FloatModel.open(model)
+    source.check_length(calibration.length, CalibrationError)
     data = load_calibration(calibration, source.tokenizer, source.config.vocab_size)
     layers: dict[str, dict[str, Any]] = {}
     arrays: dict[str, np.ndarray] = {}
-    check_skips(source, recipe)
+    check_layers(source, recipe)
     dtype = getattr(torch, compute_dtype)
     with tempfile.TemporaryDirectory(prefix="fptq-") as folder:
         walk = CalibrationWalk(source, data.tokens, dtype, Path(folder))

@@ -14,6 +14,8 @@ from fptq.quantize.equalize import Ranges
 from fptq.quantize.policy import BlockPlan
 from fptq.recipe import Activation
 
+_LARGEST_WEIGHT = 2.0**111  # numerics.round_to_bfloat16 is finite below
+
 
 @torch.no_grad()
 def round_weights(
@@ -33,9 +35,10 @@ def round_weights(
             if name not in plan.layers:
                 continue
             layer = plan.layers[name]
-            codes, scales = numerics.quantize_weight(block.get_submodule(name).weight.float(), layer.group_size)
-            if not bool(torch.isfinite(scales).all()):
+            weight = block.get_submodule(name).weight.float()
+            if float(weight.abs().max()) > _LARGEST_WEIGHT:
                 raise QuantizationError(f"{name}: its weights are too large for a float32 scale; the model is damaged")
+            codes, scales = numerics.quantize_weight(weight, layer.group_size)
             static = layer.activation is Activation.STATIC
             rounded[name] = QuantizedLinear(
                 codes=codes.numpy(),
@@ -57,6 +60,8 @@ def static_scale(absmax: float) -> float:
     Raises:
         QuantizationError: `absmax` is not finite.
     """
-    if not np.isfinite(absmax):
-        raise QuantizationError(f"a calibration range is {absmax}; the model produced NaN or infinite values")
-    return float(numerics.scale_from_absmax(np.array([absmax], np.float32), numerics.ACTIVATION_BITS)[0])
+    with np.errstate(invalid="ignore", over="ignore"):
+        scale = float(numerics.scale_from_absmax(np.array([absmax], np.float32), numerics.ACTIVATION_BITS)[0])
+    if not np.isfinite(scale):
+        raise QuantizationError(f"a calibration range is {absmax}: too large for a float32 scale; the model is damaged")
+    return scale

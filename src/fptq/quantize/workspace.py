@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from fptq.checkpoint import RECORD_FILE, Checkpoint, CheckpointWriter
 from fptq.errors import CheckpointError, FPTQError, OutputError
-from fptq.shards import write_json
+from fptq.shards import flush_folder, write_json
 
 
 class Workspace:
@@ -41,8 +41,42 @@ class Workspace:
         """The identity's SHA-256: a checkpoint tells its job by it without telling its maker's folders."""
         return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the workspace for this process. Everything below needs it.
+
+        Bad input removes the working folder, since nothing in it will ever be of use. After anything else it stays.
+
+        Raises:
+            OutputError: another process holds it, or the disk is full or read-only.
+        """
+        missing = [parent for parent in self.destination.parents if not parent.exists()]
+        lock = FileLock(self.folder.with_name(self.folder.name + ".lock"))
+        try:
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+            with lock.acquire(timeout=0):
+                try:
+                    yield
+                    Path(lock.lock_file).unlink(missing_ok=True)
+                except FPTQError as cause:
+                    if not isinstance(cause, OutputError):
+                        self._drop()
+                    if not self.folder.exists():
+                        Path(lock.lock_file).unlink(missing_ok=True)
+                        for parent in missing:
+                            with suppress(OSError):
+                                parent.rmdir()
+                    raise
+        except Timeout as cause:
+            raise OutputError(f"{self.folder}: another fptq process is working in it") from cause
+        except OSError as cause:
+            place = cause.filename or self.folder
+            raise OutputError(
+                f"{place}: {cause.strerror}; when that is mended, give the same command again to go on"
+            ) from cause
+
     def is_done(self) -> bool:
-        """Return whether the destination holds this very job's checkpoint.
+        """Return whether the destination holds this very job's checkpoint; clear what a killed process left of it.
 
         Raises:
             OutputError: it holds something that must not be replaced.
@@ -57,47 +91,18 @@ class Workspace:
                 f"{self.destination}: holds a damaged checkpoint ({cause}); --overwrite replaces it"
             ) from cause
         if record.get("job") != self.digest:
-            raise OutputError(f"{self.destination}: holds a checkpoint of another job; --overwrite replaces it")
-        if self._started() == self._identity:
-            shutil.rmtree(self.folder, ignore_errors=True)  # killed between the last two steps
+            raise OutputError(
+                f"{self.destination}: holds a checkpoint of another job (model, recipe, calibration or versions "
+                "differ); --overwrite replaces it"
+            )
+        if self._started() == self._identity or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            self._drop()
         return True
 
-    @contextmanager
-    def working(self) -> Iterator[CheckpointWriter]:
-        """Give a writer into the working folder, made or gone on with.
-
-        Bad input removes the folder, since nothing in it will ever be of use. After anything else it stays.
-
-        Raises:
-            OutputError: it belongs to another job or process, or the disk is full or read-only.
-        """
-        lock = FileLock(self.folder.with_name(self.folder.name + ".lock"))
-        try:
-            self.destination.parent.mkdir(parents=True, exist_ok=True)
-            with lock.acquire(timeout=0):
-                self._claim()
-                yield CheckpointWriter(self.folder)
-            Path(lock.lock_file).unlink(missing_ok=True)
-        except Timeout as cause:
-            raise OutputError(f"{self.folder}: another fptq process is working in it") from cause
-        except OutputError:
-            raise
-        except FPTQError:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            Path(lock.lock_file).unlink(missing_ok=True)
-            raise
-        except OSError as cause:
-            place = cause.filename or self.folder
-            raise OutputError(
-                f"{place}: {cause.strerror}; when that is mended, give the same command again to go on"
-            ) from cause
-
-    def _claim(self) -> None:
-        """Make the working folder, or check that the one there is this job's."""
-        if self.folder.exists():
+    def claim(self) -> CheckpointWriter:
+        """Make the working folder, or check that the one there is this job's; return a writer into it."""
+        if self.folder.exists() and self._started() != self._identity:
             started = self._started()
-            if started == self._identity:
-                return
             if started is None and any(path.name != "job.json.tmp" for path in self.folder.iterdir()):
                 raise OutputError(f"{self.folder}: holds something that fptq didn't make; move it away")
             if started is not None and not self._overwrite:
@@ -106,9 +111,41 @@ class Workspace:
                     f"{self.folder}: a started job with another {', '.join(other) or 'content'}; "
                     "give that job's command to go on with it, or --overwrite to drop it"
                 )
-            shutil.rmtree(self.folder)
-        self.folder.mkdir()
-        write_json(self.folder / "job.json", self._identity)
+            self._drop()
+        if not self.folder.exists():
+            self.folder.mkdir()
+            write_json(self.folder / "job.json", self._identity)
+        return CheckpointWriter(self.folder)
+
+    def publish(self, finished: Path) -> None:
+        """Give the finished folder the destination's name, and remove the working folder.
+
+        Raises:
+            OutputError: something that must not be replaced has come to the destination meanwhile.
+        """
+        refuse_foreign(self.destination)
+        if (self.destination / RECORD_FILE).is_file() and not self._overwrite:
+            raise OutputError(f"{self.destination}: a checkpoint was put there meanwhile; --overwrite replaces it")
+        if self.destination.exists():
+            replaced = self.folder / "replaced"
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.destination.rename(replaced)
+        finished.rename(self.destination)
+        flush_folder(self.destination.parent)
+        self._drop()
+
+    def _drop(self) -> None:
+        """Remove the working folder: the journal first, so that no kill leaves a journal without its parts."""
+        (self.folder / "journal.json").unlink(missing_ok=True)
+        if not self.folder.exists():
+            return
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "job.json":
+                path.unlink()
+        (self.folder / "job.json").unlink(missing_ok=True)
+        self.folder.rmdir()
 
     def _started(self) -> dict[str, Any] | None:
         """Return the identity of the job in the working folder, or None if there is none that can be read."""
@@ -139,6 +176,8 @@ class Workspace:
 
 def refuse_foreign(destination: Path) -> None:
     """Raise OutputError unless `destination` is free, empty, or a checkpoint of ours (sound or not)."""
+    if destination.is_mount():
+        raise OutputError(f"{destination}: is a mount point and can't be replaced by a rename; give a folder inside it")
     if destination.is_dir() and ((destination / RECORD_FILE).is_file() or not any(destination.iterdir())):
         return
     if destination.exists():

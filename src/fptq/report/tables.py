@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fptq.checkpoint import Checkpoint
-from fptq.errors import CheckpointError
 from fptq.evaluate.estimates import Estimate
 
 _ROLES = {"qkv": "QKV", "dense": "Dense", "fc1": "FC1", "fc2": "FC2"}
@@ -88,21 +84,6 @@ def range_table(layers: dict[str, dict[str, Any]], statistics: dict[str, np.ndar
             cells.append(f"{min(r[which, 0] for r in stacked):.4g} / {max(r[which, 1] for r in stacked):.4g}")
         rows.append(cells)
     return format_table(["channel maxima (smallest / largest)", *extremes], rows)
-
-
-def load_statistics(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a checkpoint's statistics file; empty if there is none.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    if not path.exists():
-        return {}
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as cause:
-        raise CheckpointError(f"{path}: can't be read ({cause}); --verify shows what else is damaged") from cause
 
 
 def checkpoint_summary(checkpoint: Checkpoint) -> str:
