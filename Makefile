@@ -17,8 +17,8 @@ demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo_text.py $(OUT)
 	$(BIN)/fptq quantize demo -o $(OUT)/SmolLM2-135M-W4A8 --calibration $(OUT)/calibration.txt --samples 32 --overwrite --quiet
 	$(BIN)/fptq inspect $(OUT)/SmolLM2-135M-W4A8 --verify
-	$(BIN)/fptq evaluate $(OUT)/SmolLM2-135M-W4A8 --reference demo --text $(OUT)/evaluation.txt --length 512 --limit 24
-	$(BIN)/fptq generate $(OUT)/SmolLM2-135M-W4A8 "What is the capital of France, and what is it famous for?" --chat --max-new-tokens 80
+	$(BIN)/fptq evaluate $(OUT)/SmolLM2-135M-W4A8 --reference demo --text $(OUT)/evaluation.txt --length 512 --limit 16
+	$(BIN)/fptq generate $(OUT)/SmolLM2-135M-W4A8 "What is the capital of France?" --chat --max-new-tokens 60
 
 test: $(VENV)/.test
 	$(BIN)/ruff format --check src tests bench scripts

@@ -87,6 +87,10 @@ RECIPES: dict[str, tuple[Recipe, str]] = {
         Recipe("fptq"),
         "the paper: LAE fused into norms, static per-tensor up to v1, dynamic per-token above; int8 KV cache",
     ),
+    "fptq-figure4": (
+        Recipe("fptq-figure4", dynamic=(Role.FC2.value,)),
+        "fptq with every FC2/down_proj input dynamic, as Figure 4 of the paper has it, also below v0",
+    ),
     "fptq-wide": (
         Recipe("fptq-wide", fuse_into_linear=True),
         "fptq, and LAE also for o_proj and down_proj inputs, fused into v_proj's and up_proj's rows",
