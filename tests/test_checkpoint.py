@@ -488,7 +488,7 @@ def test_small_shards_hold_the_same_tensors(tmp_path: Path, folder: Path, sharde
     index = json.loads((sharded / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(many.read(name).nbytes for name in many.tensors)
     assert index["weight_map"] == {name: path.name for name, (path, _) in many.tensors.items()}
-    assert sorted(many.verify()) == sorted(["config.json", STATISTICS_FILE, *names, INDEX_FILE])
+    assert sorted(many.verify()) == sorted(["config.json", RECORD_FILE, STATISTICS_FILE, *names, INDEX_FILE])
 
 
 def test_parts_share_a_shard_up_to_the_limit(tmp_path: Path) -> None:
