@@ -21,6 +21,12 @@ INDEX_FILE = "model.safetensors.index.json"
 FORMAT_VERSION = 1
 MAX_SHARD_BYTES = 5_000_000_000
 
+LINEAR_PARTS = ("weight_packed", "weight_scale", "weight_shape", "input_scale")
+"""The last part of the name of each tensor that stores a quantized layer, besides its bias."""
+
+CACHE_PARTS = ("k_scale", "v_scale")
+"""The same for an attention module's KV cache."""
+
 INT8_STATIC = {
     "num_bits": 8,
     "type": "int",

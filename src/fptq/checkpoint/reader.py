@@ -14,9 +14,11 @@ import numpy as np
 
 from fptq import numerics
 from fptq.checkpoint.format import (
+    CACHE_PARTS,
     FORMAT_VERSION,
     INDEX_FILE,
     INT8_STATIC,
+    LINEAR_PARTS,
     RECORD_FILE,
     STATISTICS_FILE,
     KVScales,
@@ -152,10 +154,9 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.folder}: {name} has an input_scale, its scheme is {scheme.activation.value}"
                 )
-        parts = {"weight_packed", "weight_scale", "weight_shape", "input_scale"}
         for tensor in self.tensors:
             owner, _, kind = tensor.rpartition(".")
-            if (owner in self.schemes) != (kind in parts) and not (owner in self.schemes and kind == "bias"):
+            if (owner in self.schemes) != (kind in LINEAR_PARTS) and not (owner in self.schemes and kind == "bias"):
                 raise CheckpointError(f"{self.folder}: tensor '{tensor}' belongs to no quantized layer")
 
     def _check_cache(self) -> None:
@@ -218,8 +219,7 @@ class Checkpoint:
 
     def float_tensors(self) -> list[str]:
         """Return the names of all tensors that are not part of a quantized layer or of the cache."""
-        parts = (".weight_packed", ".weight_scale", ".weight_shape", ".input_scale", ".k_scale", ".v_scale")
-        return [name for name in self.tensors if not name.endswith(parts)]
+        return [name for name in self.tensors if name.rpartition(".")[2] not in (*LINEAR_PARTS, *CACHE_PARTS)]
 
     def statistics(self) -> dict[str, np.ndarray]:
         """Return the arrays of the statistics file; empty if there is none.

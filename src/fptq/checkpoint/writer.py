@@ -19,7 +19,6 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
         self._parts = folder / "parts"
         self._parts.mkdir(parents=True, exist_ok=True)
         self.final = folder / "final"
@@ -44,7 +43,7 @@ class CheckpointWriter:
     ) -> Path:
         """Merge the parts into shards, add config.json and the record with every file's checksum; return the folder."""
         final = self.final
-        self._merge(final, parts, max_shard_bytes)
+        self._merge(parts, max_shard_bytes)
         write_json(final / "config.json", config)
         files = sorted(path for path in final.rglob("*") if path.is_file() and path != final / RECORD_FILE)
         record = {
@@ -56,7 +55,8 @@ class CheckpointWriter:
         write_json(final / RECORD_FILE, seal(record))
         return final
 
-    def _merge(self, final: Path, parts: list[str], max_shard_bytes: int) -> None:
+    def _merge(self, parts: list[str], max_shard_bytes: int) -> None:
+        final = self.final
         for stale in [*final.glob("*.safetensors*"), *final.glob("*.tmp")]:
             stale.unlink(missing_ok=True)
         bundles: list[list[Path]] = [[]]

@@ -52,7 +52,7 @@ def plan_table(layers: dict[str, dict[str, Any]]) -> str:
 
 def policy_table(layers: dict[str, dict[str, Any]]) -> str:
     """Return how many layers of each role got which scheme."""
-    schemes = ["static", "LAE + static", "dynamic", "LAE + dynamic", "float"]
+    schemes = ["static", "LAE + static", "dynamic", "float"]
     counts: dict[str, dict[str, int]] = {}
     for layer in layers.values():
         scheme = ("LAE + " if layer["equalized_by"] else "") + _SHORT[layer["activation"]]
