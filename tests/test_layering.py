@@ -13,7 +13,7 @@ RANKS = [
     {"numerics", "progress"},
     {"shards"},
     {"checkpoint"},
-    {"models"},
+    {"models", "runtime"},
     {"quantize", "integrations"},
     {"evaluate"},
     {"report"},

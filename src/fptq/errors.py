@@ -11,6 +11,7 @@
     ├── TextError                   a text file or data set can't be read
     ├── EvaluationError             the evaluation data can't be used
     ├── GenerationError             a prompt or a sampling option that can't be
+    ├── KernelError                 a kernel that this CPU can't run, or operands that don't fit it
     ├── OutputError                 the output folder can't be used, or the disk is full
     └── MissingDependencyError      an optional package is needed for this
 
@@ -52,6 +53,10 @@ class EvaluationError(FPTQError):
 
 class GenerationError(FPTQError):
     """The prompt or an option of text generation is out of range."""
+
+
+class KernelError(FPTQError):
+    """A kernel isn't available here, or was given operands of a wrong shape, dtype or range."""
 
 
 class OutputError(FPTQError):

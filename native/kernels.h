@@ -1,0 +1,139 @@
+// What a target (an instruction set) provides, and the private layouts that all targets share.
+//
+// Weights lie in panels of 32 output channels. A panel is a sequence of groups; a group is its codes, then its scales:
+//
+//   int4: steps × 64 bytes    byte 4·l + j of step s: low nibble  = q[l,      4·s + j] + 8     l = 0..15 channel
+//                                                    high nibble = q[l + 16, 4·s + j] + 8     j = 0..3  input
+//   int8: steps × 128 bytes   byte 4·l + j of step s: q[l, 4·s + j] + 128                      l = 0..31
+//   scales: 32 × bfloat16     one for each channel
+//
+// A step is four inputs: what one lane of vpdpbusd or sdot adds up. steps = group_size / 4, rounded up; inputs past the
+// group and channels past n have the code 0 and the scale 0. So a matrix is one stream of bytes, read front to back.
+//
+// Activations lie in tiles of up to Kernels::rows rows: byte (s·r + i)·4 + j of a tile of r rows is input 4·s + j of its
+// row i. Steps count through all groups.
+//
+// Codes are stored unsigned because vpdpbusd multiplies unsigned with signed bytes. Every group's accumulator starts at
+// -offset·Σ q_a, which the tile carries beside its codes, so that what is added up is Σ q_a·(q_w + offset) - offset·Σ q_a.
+#pragma once
+
+#include <cstdint>
+
+namespace fptq {
+
+constexpr int kPanelChannels = 32;
+constexpr int kStepInputs = 4;
+constexpr int kScaleBytes = kPanelChannels * 2;
+
+enum class WeightType : int { int4 = 4, int8 = 8 };
+
+// The shape of packed weights. Sums stay in int32: |Σ| <= 255·128·group_size < 2^31 up to group_size 65,536.
+struct Shape {
+  int64_t n;
+  int64_t k;
+  int64_t group_size;
+  WeightType type;
+
+  int64_t groups() const { return k / group_size; }
+  int64_t panels() const { return (n + kPanelChannels - 1) / kPanelChannels; }
+  int64_t group_steps() const { return (group_size + kStepInputs - 1) / kStepInputs; }
+  int64_t step_bytes() const { return type == WeightType::int4 ? 64 : 128; }
+  int64_t group_bytes() const { return group_steps() * step_bytes() + kScaleBytes; }
+  int64_t panel_bytes() const { return groups() * group_bytes(); }
+  int64_t bytes() const { return panels() * panel_bytes(); }
+  int offset() const { return type == WeightType::int4 ? 8 : 128; }
+};
+
+// What a panel's codes are when a tile is multiplied.
+enum class Source {
+  nibbles,  // as int4 panels have them
+  bytes,    // the same unpacked: 0..15, in the order of int8 panels
+  wide,     // as int8 panels have them: 0..255
+};
+
+// One panel times several tiles of rows, over some groups.
+struct PanelProduct {
+  const uint8_t* codes;         // first group's first step
+  const uint8_t* scales;        // first group's scales
+  int64_t codes_stride;         // bytes from one group to the next
+  int64_t scales_stride;
+  int64_t groups;
+  int64_t steps;                // of a group
+  Source source;
+  int64_t first_group;          // within the activations
+  const int8_t* activations;    // first tile
+  const int32_t* corrections;   // [tile][group][row of the tile]: -offset·Σ q_a
+  int64_t all_groups;           // of a tile
+  int64_t rows;                 // of all tiles
+  int64_t tiles;
+  const float* activation_scales;  // [rows], or null: `sums` isn't finished by this call
+  const float* bias;            // [channels] or null
+  float* sums;                  // [rows, 32 channels], row r at r·sums_stride
+  int64_t sums_stride;
+  int channels;                 // valid ones of the 32
+  bool add;                     // to what is in `sums`, instead of overwriting it
+};
+
+// Rows of tile `tile` when `rows` rows are spread over `tiles` tiles: as evenly as can be, larger ones first.
+constexpr int64_t tile_rows(int64_t rows, int64_t tiles, int64_t tile) { return rows / tiles + (tile < rows % tiles); }
+
+struct Norm {
+  const float* weight;  // [k]
+  const float* bias;    // [k] or null
+  float eps;
+  bool center;          // LayerNorm; otherwise RMSNorm
+};
+
+// Attention of consecutive query rows of one key/value head over its cache.
+struct AttentionProduct {
+  const float* queries;         // row i of query head h at i·query_stride + h·head_dim
+  float* outputs;               // likewise
+  int64_t query_stride;
+  int64_t rows;
+  int64_t heads;                // query heads that share the key/value head
+  int64_t head_dim;
+  const int8_t* const* key_pages;    // [pages] this head's codes [page_tokens, head_dim], row stride token_stride
+  const int8_t* const* value_pages;
+  int64_t page_tokens;
+  int64_t token_stride;
+  float key_scale;
+  float value_scale;
+  float softmax_scale;
+  float softcap;                // 0: none
+  int64_t first_position;       // of query row 0; row i attends to positions 0..first_position + i
+  int64_t window;               // 0: all; otherwise the last `window` positions
+  const float* alibi_slopes;    // [heads] or null
+  float* scratch;               // attention_scratch floats
+};
+
+struct Kernels {
+  const char* name;
+  int rows;  // of a tile of activations
+  int tiles_from_nibbles;  // up to so many tiles multiply int4 panels directly; for more they are unpacked first
+  int query_lanes;  // queries that attention looks at together
+
+  // Codes of an int4 panel's groups, a byte each in the layout of int8 panels, without scales.
+  void (*unpack)(const uint8_t* codes, int64_t codes_stride, int64_t groups, int64_t steps, uint8_t* bytes);
+  void (*multiply)(const PanelProduct& product);
+
+  // codes[i] = round(x[i] / scale), to the even one if halfway, in -128..127. Returns whether no x is NaN.
+  bool (*quantize)(const float* x, int64_t k, float scale, int8_t* codes);
+  // The same with the scale max|x| / 127, which it returns: 1 for a row of zeros, NaN if an x isn't finite.
+  float (*quantize_dynamic)(const float* x, int64_t k, int8_t* codes);
+  // One row: x normalized, written as floats to `out`, which may be x.
+  void (*normalize)(const float* x, int64_t k, const Norm& norm, float* out);
+  // The same, then `quantize`, in one pass.
+  bool (*normalize_quantize)(const float* x, int64_t k, const Norm& norm, float scale, int8_t* codes);
+
+  int64_t (*attention_scratch)(int64_t heads, int64_t head_dim);
+  void (*attend)(const AttentionProduct& product);
+
+  // The limits of the machine, for benchmarks.
+  int64_t (*read)(const uint8_t* data, int64_t bytes);
+  int64_t (*dot)(int64_t steps);
+};
+
+// Key positions that attention looks at together.
+constexpr int64_t kKeyBlock = 64;
+
+}  // namespace fptq

@@ -1,0 +1,252 @@
+#include "operators.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <new>
+
+namespace fptq {
+namespace {
+
+// Bytes of unpacked codes that rows are multiplied with before the next ones are unpacked.
+constexpr int64_t kPanelBytes = 128 * 1024;
+// Rows multiplied before the weights are read again.
+constexpr int64_t kRowBlock = 512;
+// Fewer numbers than this aren't worth waking a thread.
+constexpr int64_t kWorthAThread = 32 * 1024;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One tile of activations in the layout of kernels.h, and its corrections.
+void pack_tile(const Shape& shape, int64_t rows, const int8_t* activations, int8_t* tile, int32_t* corrections) {
+  const int64_t size = shape.group_size, steps = shape.group_steps(), whole = size / kStepInputs;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int8_t* from = activations + r * shape.k;
+    for (int64_t g = 0; g < shape.groups(); ++g, from += size) {
+      int8_t* to = tile + (g * steps * rows + r) * kStepInputs;
+      for (int64_t s = 0; s < whole; ++s) std::memcpy(to + s * rows * kStepInputs, from + s * kStepInputs, kStepInputs);
+      if (whole < steps) {
+        int8_t rest[kStepInputs] = {};
+        std::memcpy(rest, from + whole * kStepInputs, size - whole * kStepInputs);
+        std::memcpy(to + whole * rows * kStepInputs, rest, kStepInputs);
+      }
+      int32_t sum = 0;
+      for (int64_t i = 0; i < size; ++i) sum += from[i];
+      corrections[g * rows + r] = -shape.offset() * sum;
+    }
+  }
+}
+
+// Runs function(row, thread) for all rows, in pieces of at least kWorthAThread numbers.
+template <class Function>
+void for_rows(int64_t m, int64_t k, Workspace& workspace, const Function& function) {
+  const int64_t together = std::max(divide_up(kWorthAThread, std::max<int64_t>(k, 1)), divide_up(m, 8 * workspace.pool.threads()));
+  workspace.pool.run(divide_up(m, together), [&](int64_t i, int thread) {
+    for (int64_t row = i * together; row < std::min(m, (i + 1) * together); ++row) function(row, thread);
+  });
+}
+
+}  // namespace
+
+void Buffer::Free::operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+
+void* Buffer::reserve(size_t bytes) {
+  if (bytes > bytes_) {
+    memory_.reset();
+    bytes_ = 0;
+    memory_.reset(::operator new(bytes, std::align_val_t(64)));
+    bytes_ = bytes;
+  }
+  return memory_.get();
+}
+
+void pack(const Shape& shape, const int8_t* codes, const float* scales, uint8_t* packed, Pool& pool) {
+  const int64_t groups = shape.groups(), steps = shape.group_steps(), k = shape.k;
+  pool.run(shape.panels(), [&](int64_t panel, int) {
+    for (int64_t g = 0; g < groups; ++g) {
+      uint8_t* out = packed + panel * shape.panel_bytes() + g * shape.group_bytes();
+      const auto code = [&](int64_t channel, int64_t input) -> uint8_t {
+        const int64_t row = panel * kPanelChannels + channel;
+        const int q = row < shape.n && input < shape.group_size ? codes[row * k + g * shape.group_size + input] : 0;
+        return static_cast<uint8_t>(q + shape.offset());
+      };
+      for (int64_t s = 0; s < steps; ++s, out += shape.step_bytes()) {
+        for (int b = 0; b < 64; ++b) {
+          const int64_t channel = b / kStepInputs, input = s * kStepInputs + b % kStepInputs;
+          if (shape.type == WeightType::int4) {
+            out[b] = static_cast<uint8_t>(code(channel, input) | code(channel + 16, input) << 4);
+          } else {
+            out[b] = code(channel, input);
+            out[b + 64] = code(channel + 16, input);
+          }
+        }
+      }
+      for (int c = 0; c < kPanelChannels; ++c, out += 2) {
+        const int64_t row = panel * kPanelChannels + c;
+        const float scale = row < shape.n ? scales[row * groups + g] : 0.0f;
+        uint32_t bits;
+        std::memcpy(&bits, &scale, 4);
+        const uint16_t upper = static_cast<uint16_t>(bits >> 16);
+        std::memcpy(out, &upper, 2);
+      }
+    }
+  });
+}
+
+void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const int8_t* activations,
+              const float* activation_scales, const float* bias, float* y, Workspace& workspace) {
+  const int64_t n = shape.n, groups = shape.groups(), panels = shape.panels();
+  const int64_t all_steps = groups * shape.group_steps();
+  const int64_t threads = workspace.pool.threads();
+  for (int64_t start = 0; start < m; start += kRowBlock) {
+    const int64_t rows = std::min(kRowBlock, m - start), tiles = divide_up(rows, kernels.rows);
+    auto* const packed_rows = workspace.activations.reserve_array<int8_t>(rows * all_steps * kStepInputs);
+    auto* const corrections = workspace.corrections.reserve_array<int32_t>(rows * groups);
+    const int64_t tiles_together = rows * shape.k < kWorthAThread ? tiles : divide_up(tiles, 4 * threads);
+    workspace.pool.run(divide_up(tiles, tiles_together), [&](int64_t i, int) {
+      for (int64_t tile = i * tiles_together; tile < std::min(tiles, (i + 1) * tiles_together); ++tile) {
+        const int64_t row = tile * (rows / tiles) + std::min(tile, rows % tiles);
+        pack_tile(shape, tile_rows(rows, tiles, tile), activations + (start + row) * shape.k,
+                  packed_rows + row * all_steps * kStepInputs, corrections + row * groups);
+      }
+    });
+
+    PanelProduct common{};
+    common.steps = shape.group_steps();
+    common.all_groups = groups;
+    common.rows = rows;
+    common.tiles = tiles;
+    common.codes_stride = common.scales_stride = shape.group_bytes();
+    common.bias = bias;
+    common.sums_stride = n;
+    // With several tiles it pays to take the nibbles apart once for all of them.
+    const bool unpack = shape.type == WeightType::int4 && tiles > kernels.tiles_from_nibbles;
+    const int64_t group_bytes = shape.group_steps() * 2 * 64;
+    const int64_t groups_together =
+        unpack ? std::clamp<int64_t>(kPanelBytes / group_bytes, 1, groups) : groups;
+    const int64_t panels_together = std::max<int64_t>(1, panels / (threads * 8));
+    workspace.pool.run(divide_up(panels, panels_together), [&](int64_t i, int thread) {
+      uint8_t* bytes = nullptr;
+      if (unpack) bytes = workspace.threads[thread].reserve_array<uint8_t>(groups_together * group_bytes);
+      const int64_t end = std::min(panels, (i + 1) * panels_together);
+      for (int64_t first = 0; first < groups; first += groups_together) {
+        for (int64_t panel = i * panels_together; panel < end; ++panel) {
+          const uint8_t* codes = packed + panel * shape.panel_bytes() + first * shape.group_bytes();
+          PanelProduct p = common;
+          p.groups = std::min(groups_together, groups - first);
+          p.scales = codes + shape.group_steps() * shape.step_bytes();
+          p.source = shape.type == WeightType::int8 ? Source::wide : unpack ? Source::bytes : Source::nibbles;
+          p.codes = codes;
+          if (unpack) {
+            kernels.unpack(codes, shape.group_bytes(), p.groups, p.steps, bytes);
+            p.codes = bytes;
+            p.codes_stride = group_bytes;
+          }
+          p.first_group = first;
+          p.activations = packed_rows;
+          p.corrections = corrections;
+          p.add = first > 0;
+          p.activation_scales = first + p.groups == groups ? activation_scales + start : nullptr;
+          if (bias) p.bias = bias + panel * kPanelChannels;
+          p.sums = y + start * n + panel * kPanelChannels;
+          p.channels = static_cast<int>(std::min<int64_t>(kPanelChannels, n - panel * kPanelChannels));
+          kernels.multiply(p);
+        }
+      }
+    });
+  }
+}
+
+void quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, float scale, int8_t* codes, float* scales,
+              Workspace& workspace) {
+  for_rows(m, k, workspace, [&](int64_t row, int) {
+    const float* from = x + row * k;
+    int8_t* to = codes + row * k;
+    if (scale > 0) {
+      scales[row] = kernels.quantize(from, k, scale, to) ? scale : std::numeric_limits<float>::quiet_NaN();
+    } else {
+      scales[row] = kernels.quantize_dynamic(from, k, to);
+    }
+  });
+}
+
+void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const float* x, float scale,
+            const float* bias, float* y, Workspace& workspace) {
+  auto* const codes = workspace.codes.reserve_array<int8_t>(m * shape.k);
+  auto* const scales = workspace.scales.reserve_array<float>(m);
+  quantize(kernels, x, m, shape.k, scale, codes, scales, workspace);
+  multiply(kernels, shape, packed, m, codes, scales, bias, y, workspace);
+}
+
+void normalize(const Kernels& kernels, const float* x, int64_t m, int64_t k, const Norm& norm, float* out,
+               Workspace& workspace) {
+  for_rows(m, k, workspace, [&](int64_t row, int) { kernels.normalize(x + row * k, k, norm, out + row * k); });
+}
+
+void normalize_quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, const Norm& norm, float scale,
+                        int8_t* codes, float* scales, Workspace& workspace) {
+  for_rows(m, k, workspace, [&](int64_t row, int thread) {
+    const float* from = x + row * k;
+    int8_t* to = codes + row * k;
+    if (scale > 0) {
+      const bool sound = kernels.normalize_quantize(from, k, norm, scale, to);
+      scales[row] = sound ? scale : std::numeric_limits<float>::quiet_NaN();
+    } else {
+      float* y = workspace.threads[thread].reserve_array<float>(k);
+      kernels.normalize(from, k, norm, y);
+      scales[row] = kernels.quantize_dynamic(y, k, to);
+    }
+  });
+}
+
+void attend(const Kernels& kernels, const Attention& a, Workspace& workspace) {
+  const int64_t shared = a.heads / a.kv_heads;
+  // As many rows as fill the lanes, if there are.
+  const int64_t rows_together = std::max<int64_t>(1, kernels.query_lanes / shared);
+  const int64_t blocks = divide_up(a.m, rows_together);
+  const int64_t pages = divide_up(a.first_position + a.m, a.page_tokens);
+  workspace.pool.run(a.kv_heads * blocks, [&](int64_t i, int thread) {
+    // Late rows see most keys: they go first, so that the threads end together.
+    const int64_t block = blocks - 1 - i / a.kv_heads, kv_head = i % a.kv_heads, first = block * rows_together;
+    std::vector<const int8_t*> keys(a.key_pages, a.key_pages + pages), values(a.value_pages, a.value_pages + pages);
+    for (auto& page : keys) page += kv_head * a.head_dim;
+    for (auto& page : values) page += kv_head * a.head_dim;
+    AttentionProduct p{};
+    p.query_stride = a.heads * a.head_dim;
+    p.queries = a.queries + first * p.query_stride + kv_head * shared * a.head_dim;
+    p.outputs = a.outputs + first * p.query_stride + kv_head * shared * a.head_dim;
+    p.rows = std::min(rows_together, a.m - first);
+    p.heads = shared;
+    p.head_dim = a.head_dim;
+    p.key_pages = keys.data();
+    p.value_pages = values.data();
+    p.page_tokens = a.page_tokens;
+    p.token_stride = a.kv_heads * a.head_dim;
+    p.key_scale = a.key_scale;
+    p.value_scale = a.value_scale;
+    p.softmax_scale = a.softmax_scale;
+    p.softcap = a.softcap;
+    p.first_position = a.first_position + first;
+    p.window = a.window;
+    p.alibi_slopes = a.alibi_slopes ? a.alibi_slopes + kv_head * shared : nullptr;
+    p.scratch = workspace.threads[thread].reserve_array<float>(kernels.attention_scratch(shared, a.head_dim));
+    kernels.attend(p);
+  });
+}
+
+void measure_read(const Kernels& kernels, const uint8_t* data, int64_t bytes, Workspace& workspace) {
+  constexpr int64_t kPieces = 64, kLine = 256;
+  const int64_t piece = divide_up(divide_up(bytes, kPieces), kLine) * kLine;
+  workspace.pool.run(divide_up(bytes, piece), [&](int64_t i, int) {
+    kernels.read(data + i * piece, std::min(piece, bytes - i * piece));
+  });
+}
+
+int64_t measure_dot(const Kernels& kernels, int64_t steps, Workspace& workspace) {
+  std::atomic<int64_t> operations = 0;
+  workspace.pool.run(workspace.pool.threads(), [&](int64_t, int) { operations += kernels.dot(steps); });
+  return operations;
+}
+
+}  // namespace fptq

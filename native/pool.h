@@ -1,0 +1,56 @@
+// A persistent pool of threads that run one function over a range of tasks.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace fptq {
+
+class Pool {
+ public:
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int threads() const { return threads_; }
+
+  // Calls task(0..tasks-1), each once, on all threads, the calling one among them, and returns when all are done.
+  // Tasks are handed out one by one in ascending order. task(index, thread): thread counts from 0.
+  template <class Task>
+  void run(int64_t tasks, const Task& task) {
+    if (tasks <= 0) return;
+    if (threads_ == 1 || tasks == 1) {
+      for (int64_t i = 0; i < tasks; ++i) task(i, 0);
+      return;
+    }
+    run_all(tasks, [](const void* t, int64_t i, int thread) { (*static_cast<const Task*>(t))(i, thread); }, &task);
+  }
+
+  // To be held around every use of the pool. Starts the threads anew in a process that was forked.
+  std::unique_lock<std::mutex> lock();
+
+ private:
+  using Call = void (*)(const void*, int64_t, int);
+  void run_all(int64_t tasks, Call call, const void* task);
+  void take_tasks(int thread);
+  void work(int thread, uint32_t round);
+  void start();
+
+  const int threads_;
+  std::mutex mutex_;
+  std::vector<std::thread> workers_;
+  std::atomic<uint32_t> round_{0};   // counts runs; workers wait for it to change
+  std::atomic<int64_t> next_{0};     // next task
+  std::atomic<int> busy_{0};         // workers that haven't finished this round
+  std::atomic<bool> stop_{false};
+  int64_t tasks_ = 0;
+  Call call_ = nullptr;
+  const void* task_ = nullptr;
+  long process_ = 0;
+};
+
+}  // namespace fptq

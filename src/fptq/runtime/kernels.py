@@ -1,0 +1,361 @@
+"""The operators of a running model on the CPU: native kernels, or the numpy reference where there are none.
+
+    kernels = Kernels(threads=4)
+    weights = kernels.pack(codes, scales, bits=4)
+    y = kernels.linear(weights, x, input_scale=0.05)
+
+Arrays are numpy arrays. Shapes and dtypes are checked here, before native code is entered. docs/kernels.md describes
+the kernels and the layout of packed weights.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from fptq.errors import KernelError
+from fptq.runtime import reference
+
+try:
+    from fptq.runtime import _native
+except ImportError as error:  # a pure Python installation; `targets` says so
+    _native = None  # type: ignore[assignment]
+    _missing = str(error)
+
+Array = np.ndarray
+
+REFERENCE = "reference"
+MAX_GROUP_SIZE = {4: 2**20, 8: 2**16}
+"""The largest groups whose sums stay in int32: 255·128·2^16 < 2^31, and 15·128·2^20 < 2^31."""
+
+
+def targets() -> dict[str, str]:
+    """Return the targets of this installation, fastest first: its name, and what this CPU lacks to run it."""
+    native = _native.targets() if _native else []
+    return {**dict(native), REFERENCE: ""}
+
+
+def cpu_name() -> str:
+    """Return what the CPU calls itself, if it does."""
+    return (_native.cpu_name() if _native else "") or "unknown CPU"
+
+
+def choose_target(name: str | None = None) -> tuple[str, str]:
+    """Return a target and why it is chosen: `name`, or what the variable FPTQ_KERNEL says, or the fastest.
+
+    Raises:
+        KernelError: that target doesn't exist, or this CPU can't run it.
+    """
+    forced = name or os.environ.get("FPTQ_KERNEL") or None
+    all_targets = targets()
+    if forced is None:
+        fastest = next(target for target, lacking in all_targets.items() if not lacking)
+        if fastest == REFERENCE:
+            return fastest, f"slow: this installation has no native kernels ({_missing})"
+        passed = [f"{target} needs {lacking}" for target, lacking in all_targets.items() if lacking]
+        return fastest, "the fastest that this CPU can run" + (f" ({'; '.join(passed)})" if passed else "")
+    if forced not in all_targets:
+        raise KernelError(f"there is no kernel '{forced}' in this installation; there are: {', '.join(all_targets)}")
+    if all_targets[forced]:
+        raise KernelError(f"kernel '{forced}' needs {all_targets[forced]}, which this CPU ({cpu_name()}) doesn't have")
+    return forced, "asked for" if name else "the environment variable FPTQ_KERNEL asks for it"
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A weight matrix in the kernels' layout.
+
+    Attributes:
+        data: uint8 [bytes], the layout of docs/kernels.md.
+        n: out_features.
+        k: in_features.
+        group_size: inputs that share a scale.
+        bits: 4 or 8.
+    """
+
+    data: Array
+    n: int
+    k: int
+    group_size: int
+    bits: int
+
+    def __post_init__(self) -> None:
+        size = reference.packed_bytes(self.n, self.k, self.group_size, self.bits)
+        _check("packed weights", self.data, np.uint8, (size,))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales, padding included."""
+        return self.data.nbytes
+
+
+class Kernels:
+    """Operators with a target and a pool of threads of their own.
+
+    Calls from several threads wait for each other. After a fork the threads are started anew.
+
+    Args:
+        threads: how many work on an operator; by default as many as there are CPUs for this process.
+        target: the instruction set, see `targets`; by default FPTQ_KERNEL, or the fastest.
+
+    Raises:
+        KernelError: fewer than one thread, or no such target here.
+    """
+
+    def __init__(self, *, threads: int | None = None, target: str | None = None):
+        self.threads = available_cpus() if threads is None else threads
+        if not 1 <= self.threads <= 1024:
+            raise KernelError(f"{threads} threads: needed from 1 to 1024")
+        self.target, self.reason = choose_target(target)
+        self._session = None if self.target == REFERENCE else _native.Session(self.target, self.threads)
+
+    def pack(self, codes: Array, scales: Array, *, bits: int = 4) -> Weights:
+        """Return a weight matrix in the kernels' layout.
+
+        Args:
+            codes: int8 [n, k], from -8 to 7 with 4 bits.
+            scales: float32 [n, G], one for each k / G inputs, exact in bfloat16, as checkpoints have them.
+            bits: 4 or 8.
+
+        Raises:
+            KernelError: wrong shapes or dtypes, codes or scales out of range.
+        """
+        if bits not in MAX_GROUP_SIZE:
+            raise KernelError(f"weights of {bits} bits: there are kernels for 4 and 8")
+        codes = _check("codes", codes, np.int8, (None, None))
+        n, k = codes.shape
+        scales = _check("scales", scales, np.float32, (n, None))
+        groups = scales.shape[1]
+        if not n or not k or not groups or k % groups or k // groups > MAX_GROUP_SIZE[bits]:
+            raise KernelError(
+                f"codes {[n, k]} with {groups} scales a row: needed rows of equal groups, at most "
+                f"{MAX_GROUP_SIZE[bits]} inputs each"
+            )
+        if bits == 4 and (codes.min() < -8 or codes.max() > 7):
+            raise KernelError(f"int4 codes from {codes.min()} to {codes.max()}: needed -8 to 7")
+        if (scales.view(np.uint32) & 0xFFFF).any() or not np.isfinite(scales).all():
+            raise KernelError("weight scales must be finite and exact in bfloat16; see numerics.round_to_bfloat16")
+        size = k // groups
+        if self._session is None:
+            return Weights(reference.pack(codes, scales, bits), n, k, size, bits)
+        data = np.empty(reference.packed_bytes(n, k, size, bits), np.uint8)
+        self._session.pack(codes, scales, bits, data)
+        return Weights(data, n, k, size, bits)
+
+    def matmul(
+        self, weights: Weights, activations: Array, activation_scales: Array, bias: Array | None = None
+    ) -> Array:
+        """Return float32 y[m,n] = a_scale[m] · Σ_g w_scale[n,g] · Σ_{k∈g} q_a[m,k] · q_w[n,k] (+ bias[n]).
+
+        The inner sums are exact. The error of y is at most (G + 4) · 2^-24 · (Σ_g |term_g| + |bias|).
+
+        Args:
+            weights: from `pack`.
+            activations: int8 [m, k].
+            activation_scales: float32 [m].
+            bias: float32 [n].
+        """
+        activations = _check("activations", activations, np.int8, (None, weights.k))
+        m = activations.shape[0]
+        activation_scales = _check("activation scales", activation_scales, np.float32, (m,))
+        bias = _check_optional("bias", bias, (weights.n,))
+        if self._session is None:
+            return self._reference_matmul(weights, activations, activation_scales, bias)
+        y = np.empty((m, weights.n), np.float32)
+        self._session.multiply(weights.data, weights.group_size, weights.bits, activations, activation_scales, bias, y)
+        return y
+
+    def linear(self, weights: Weights, x: Array, input_scale: float | None, bias: Array | None = None) -> Array:
+        """Return `matmul` of float32 x [m, k], quantized as by `quantize`."""
+        x = _check("x", x, np.float32, (None, weights.k))
+        bias = _check_optional("bias", bias, (weights.n,))
+        scale = _static_scale(input_scale)
+        if self._session is None:
+            return self._reference_matmul(weights, *reference.quantize(x, input_scale), bias)
+        y = np.empty((x.shape[0], weights.n), np.float32)
+        self._session.linear(weights.data, weights.group_size, weights.bits, x, scale, bias, y)
+        return y
+
+    def _reference_matmul(self, weights: Weights, codes: Array, scales: Array, bias: Array | None) -> Array:
+        parts = reference.unpack(weights.data, weights.n, weights.k, weights.group_size, weights.bits)
+        return reference.matmul(*parts, codes, scales, bias).astype(np.float32)
+
+    def quantize(self, x: Array, input_scale: float | None) -> tuple[Array, Array]:
+        """Return 8-bit codes int8 [m, k] and scales float32 [m] of float32 x [m, k].
+
+        With `input_scale` every row's scale is that one (static per-tensor); without, it is max|x| / 127 of the row
+        (dynamic per-token). A row with a NaN (dynamically also an infinity) has the scale NaN, and with it its outputs.
+        """
+        x = _check("x", x, np.float32, (None, None))
+        scale = _static_scale(input_scale)
+        if self._session is None:
+            return reference.quantize(x, input_scale)
+        codes, scales = np.empty(x.shape, np.int8), np.empty(x.shape[0], np.float32)
+        self._session.quantize(x, scale, codes, scales)
+        return codes, scales
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """Return float32 x / √(mean(x²) + eps) · weight for the rows of x [m, k]."""
+        return self._normalize(x, weight, None, eps, False)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
+        """Return float32 (x - mean(x)) / √(var(x) + eps) · weight (+ bias) for the rows of x [m, k]."""
+        return self._normalize(x, weight, bias, eps, True)
+
+    def rms_norm_quantize(self, x: Array, weight: Array, eps: float, input_scale: float | None) -> tuple[Array, Array]:
+        """Return `quantize(rms_norm(x))`; with a static scale in one pass over the row."""
+        return self._normalize_quantize(x, weight, None, eps, False, input_scale)
+
+    def layer_norm_quantize(
+        self, x: Array, weight: Array, bias: Array | None, eps: float, input_scale: float | None
+    ) -> tuple[Array, Array]:
+        """Return `quantize(layer_norm(x))`; with a static scale in one pass over the row."""
+        return self._normalize_quantize(x, weight, bias, eps, True, input_scale)
+
+    def _normalize(self, x: Array, weight: Array, bias: Array | None, eps: float, center: bool) -> Array:
+        x, weight, bias = _check_norm(x, weight, bias, eps)
+        if self._session is None:
+            return reference.normalize(x, weight, bias, eps, center).astype(np.float32)
+        out = np.empty(x.shape, np.float32)
+        self._session.normalize(x, weight, bias, eps, center, out)
+        return out
+
+    def _normalize_quantize(
+        self, x: Array, weight: Array, bias: Array | None, eps: float, center: bool, input_scale: float | None
+    ) -> tuple[Array, Array]:
+        x, weight, bias = _check_norm(x, weight, bias, eps)
+        scale = _static_scale(input_scale)
+        if self._session is None:
+            y = reference.normalize(x, weight, bias, eps, center).astype(np.float32)
+            return reference.quantize(y, input_scale)
+        codes, scales = np.empty(x.shape, np.int8), np.empty(x.shape[0], np.float32)
+        self._session.normalize_quantize(x, weight, bias, eps, center, scale, codes, scales)
+        return codes, scales
+
+    def attention(
+        self,
+        queries: Array,
+        keys: Array,
+        values: Array,
+        *,
+        key_scale: float,
+        value_scale: float,
+        softmax_scale: float,
+        first_position: int = 0,
+        pages: Array | None = None,
+        softcap: float = 0.0,
+        window: int = 0,
+        alibi_slopes: Array | None = None,
+    ) -> Array:
+        """Return float32 [m, heads, head_dim]: causal attention of one sequence's queries over its int8 cache.
+
+        Args:
+            queries: float32 [m, heads, head_dim], of consecutive positions.
+            keys: int8 [pages, page_tokens, kv_heads, head_dim]: all pages of a cache. kv_heads divides heads.
+            values: likewise.
+            key_scale: step size of the keys' codes.
+            value_scale: step size of the values' codes.
+            softmax_scale: factor of the scores.
+            first_position: of query 0; query i attends to positions 0..first_position + i.
+            pages: int64 [≥ ⌈positions / page_tokens⌉], the sequence's pages in order; by default 0, 1, 2, …
+            softcap: scores become softcap · tanh(score / softcap); 0 leaves them.
+            window: a query at position p attends to p - window + 1..p only; 0 to all.
+            alibi_slopes: float32 [heads]; adds slope · (key position - query position) to the scores.
+        """
+        queries = _check("queries", queries, np.float32, (None, None, None))
+        m, heads, head_dim = queries.shape
+        keys = _check("keys", keys, np.int8, (None, None, None, head_dim))
+        values = _check("values", values, np.int8, keys.shape)
+        all_pages, page_tokens, kv_heads, _ = keys.shape
+        table = np.arange(all_pages) if pages is None else pages
+        table = _check("pages", table, np.int64, (None,))
+        alibi_slopes = _check_optional("alibi_slopes", alibi_slopes, (heads,))
+        if not kv_heads or heads % kv_heads:
+            raise KernelError(f"{heads} query heads over {kv_heads} key/value heads: needed a multiple")
+        if table.size and (table.min() < 0 or table.max() >= all_pages):
+            raise KernelError(f"pages from {table.min()} to {table.max()} of {all_pages}")
+        if first_position < 0 or window < 0 or softcap < 0:
+            raise KernelError(f"first_position {first_position}, window {window}, softcap {softcap}: needed at least 0")
+        if m and first_position + m > table.size * page_tokens:
+            raise KernelError(f"{first_position + m} positions, but {table.size} pages of {page_tokens}")
+        if self._session is None:
+            gathered = (cache[table].reshape(-1, kv_heads, head_dim) for cache in (keys, values))
+            result = reference.attention(
+                queries,
+                *gathered,
+                key_scale=key_scale,
+                value_scale=value_scale,
+                softmax_scale=softmax_scale,
+                first_position=first_position,
+                softcap=softcap,
+                window=window,
+                alibi_slopes=alibi_slopes,
+            )
+            return result.astype(np.float32)
+        out = np.empty(queries.shape, np.float32)
+        self._session.attend(
+            queries,
+            keys,
+            values,
+            table,
+            key_scale,
+            value_scale,
+            softmax_scale,
+            softcap,
+            first_position,
+            window,
+            alibi_slopes,
+            out,
+        )
+        return out
+
+    def measure_read(self, data: Array) -> None:
+        """Read every byte of a uint8 array with all threads: timed, the bandwidth that kernels can reach."""
+        self._native_session().read(_check("data", data, np.uint8, (None,)))
+
+    def measure_dot(self, steps: int) -> int:
+        """Run the target's dot instruction on registers, and return the operations: timed, the peak of kernels."""
+        return self._native_session().dot(steps)
+
+    def _native_session(self) -> _native.Session:
+        if self._session is None:
+            raise KernelError("the numpy reference has no limits to measure; install the native kernels")
+        return self._session
+
+
+def _check(name: str, array: Array, dtype: type, shape: tuple[int | None, ...]) -> Array:
+    """Return `array` in C order, or raise KernelError if its dtype or shape isn't what is needed (None: any)."""
+    fits = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == len(shape)
+    if not fits or any(n is not None and n != got for n, got in zip(shape, array.shape, strict=True)):
+        got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+        needed = ", ".join("any" if n is None else str(n) for n in shape)
+        raise KernelError(f"{name} is {got}: needed {np.dtype(dtype)} [{needed}]")
+    return np.require(array, requirements=["C", "A"])
+
+
+def _check_optional(name: str, array: Array | None, shape: tuple[int | None, ...]) -> Array | None:
+    return None if array is None else _check(name, array, np.float32, shape)
+
+
+def _check_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> tuple[Array, Array, Array | None]:
+    x = _check("x", x, np.float32, (None, None))
+    if not x.shape[1] or not eps >= 0:
+        raise KernelError(f"a norm of {x.shape[1]} channels with eps {eps}: needed at least 1, and eps at least 0")
+    weight = _check("weight", weight, np.float32, (x.shape[1],))
+    return x, weight, _check_optional("bias", bias, (x.shape[1],))
+
+
+def _static_scale(input_scale: float | None) -> float:
+    """Return the static scale as native code wants it: 0 for dynamic."""
+    if input_scale is None:
+        return 0.0
+    if not 0 < np.float32(input_scale) < np.inf:
+        raise KernelError(f"input scale {input_scale}: needed a positive finite number, or None for dynamic")
+    return float(input_scale)

@@ -1,0 +1,473 @@
+"""Every native kernel against the numpy reference: integers exactly, floats within derived bounds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from fptq import numerics
+from fptq.errors import KernelError
+from fptq.runtime import kernels as kernels_module
+from fptq.runtime import reference
+from fptq.runtime.kernels import Kernels, Weights, choose_target, targets
+
+HERE = [name for name, lacking in targets().items() if not lacking]
+NATIVE = [name for name in HERE if name != "reference"]
+EPS = 2.0**-24  # half a unit in the last place of float32
+
+
+@pytest.fixture(scope="module", params=HERE)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return Kernels(target=request.param, threads=2)
+
+
+@pytest.fixture(scope="module", params=NATIVE)
+def native(request: pytest.FixtureRequest) -> Kernels:
+    return Kernels(target=request.param, threads=2)
+
+
+def weights_of(rng: np.random.Generator, n: int, k: int, size: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes over their whole range, an all-zero group, a zero scale, scales of very different size."""
+    top = 2 ** (bits - 1)
+    codes = rng.integers(-top, top, (n, k)).astype(np.int8)
+    codes[0, :size] = 0
+    scales = numerics.round_to_bfloat16(np.exp(rng.uniform(-12, 3, (n, k // size))).astype(np.float32))
+    scales[-1, -1] = 0
+    return codes, scales
+
+
+def check_matmul(kernels: Kernels, m: int, n: int, k: int, size: int, bits: int, seed: int = 0) -> None:
+    rng = np.random.default_rng([m, n, k, size, bits, seed])
+    codes, scales = weights_of(rng, n, k, size, bits)
+    activations = rng.integers(-128, 128, (m, k)).astype(np.int8)
+    activation_scales = np.exp(rng.uniform(-6, 2, m)).astype(np.float32)
+    bias = rng.normal(size=n).astype(np.float32) if seed % 2 == 0 else None
+    weights = kernels.pack(codes, scales, bits=bits)
+    got = kernels.matmul(weights, activations, activation_scales, bias)
+    wanted = reference.matmul(codes, scales, activations, activation_scales, bias)
+    assert got.dtype == np.float32
+    assert got.shape == (m, n)
+    assert (np.abs(got - wanted) <= bound_of(codes, scales, activations, activation_scales, bias)).all()
+
+
+def bound_of(codes, scales, activations, activation_scales, bias) -> np.ndarray:
+    """Roundings: each group's integer to float, product and sum (G of them), then activation scale and bias."""
+    groups = scales.shape[1]
+    terms = np.zeros((len(activations), len(codes)))
+    size = codes.shape[1] // groups
+    for g in range(groups):
+        part = slice(g * size, (g + 1) * size)
+        sums = activations[:, part].astype(np.float64) @ codes[:, part].astype(np.float64).T
+        terms += np.abs(sums * scales[:, g])
+    return (groups + 4) * EPS * (terms * activation_scales[:, None] + (0 if bias is None else np.abs(bias)))
+
+
+SHAPES = [(1, 1, 32), (5, 31, 64), (3, 32, 96), (2, 33, 128), (9, 70, 256), (1, 130, 384), (13, 64, 576)]
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_matmul(kernels: Kernels, m: int, n: int, k: int, bits: int) -> None:
+    for size in {32, 64, 128, 256, k}:
+        if k % size == 0:
+            check_matmul(kernels, m, n, k, size, bits)
+            check_matmul(kernels, m, n, k, size, bits, seed=1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 8, 30])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_that_are_no_multiple_of_a_step(kernels: Kernels, size: int, bits: int) -> None:
+    check_matmul(kernels, 3, 37, 5 * size, size, bits)
+
+
+@pytest.mark.parametrize("m", [*range(1, 36), 63, 64, 65, 72, 127, 128, 129, 511, 512, 513, 600])
+def test_every_number_of_rows(native: Kernels, m: int) -> None:
+    check_matmul(native, m, 40, 64, 32, 4)
+    check_matmul(native, m, 40, 64, 64, 8)
+
+
+@pytest.mark.parametrize(("n", "k", "size"), [(70, 4096, 128), (33, 11008, 128), (40, 9216, 9216)])
+def test_long_rows_are_multiplied_in_several_pieces(kernels: Kernels, n: int, k: int, size: int) -> None:
+    """More groups than are unpacked together, for partial panels, too."""
+    for m in (1, 9, 70):
+        check_matmul(kernels, m, n, k, size, 4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("m", [1, 9, 80])
+def test_integers_are_exact(kernels: Kernels, bits: int, m: int) -> None:
+    """With scales of 1 and one group, outputs are the integers: nothing may saturate, nothing may be lost."""
+    rng = np.random.default_rng(m)
+    k = 512  # |Σ| <= 512·128·128 < 2^24: float32 shows every integer
+    extremes = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1], np.int8)
+    codes = extremes[rng.integers(0, 2, (64, k))]
+    codes[0], codes[1] = extremes[0], extremes[1]
+    codes[2] = np.resize(extremes, k)
+    activations = np.array([-128, -127, 127], np.int8)[rng.integers(0, 3, (m, k))]
+    activations[0] = -128
+    activations[-1] = 127
+    ones = np.ones((64, 1), np.float32)
+    got = kernels.matmul(kernels.pack(codes, ones, bits=bits), activations, np.ones(m, np.float32))
+    np.testing.assert_array_equal(got, activations.astype(np.int64) @ codes.astype(np.int64).T)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_largest_sums_stay_in_int32(kernels: Kernels, bits: int) -> None:
+    k = kernels_module.MAX_GROUP_SIZE[bits]
+    codes = np.full((2, k), -(2 ** (bits - 1)), np.int8)
+    codes[1] = 2 ** (bits - 1) - 1
+    activations = np.full((1, k), -128, np.int8)
+    weights = kernels.pack(codes, np.ones((2, 1), np.float32), bits=bits)
+    got = kernels.matmul(weights, activations, np.ones(1, np.float32))
+    wanted = activations.astype(np.int64) @ codes.astype(np.int64).T
+    np.testing.assert_allclose(got, wanted, rtol=2 * EPS)
+    with pytest.raises(KernelError, match="equal groups"):
+        kernels.pack(np.zeros((1, k + 4), np.int8), np.ones((1, 1), np.float32), bits=bits)
+
+
+def test_a_planted_fault_is_found(kernels: Kernels) -> None:
+    rng = np.random.default_rng(5)
+    codes, scales = weights_of(rng, 64, 256, 64, 4)
+    activations = rng.integers(-128, 128, (4, 256)).astype(np.int8)
+    ones = np.ones(4, np.float32)
+    weights = kernels.pack(codes, scales)
+    broken = weights.data.copy()
+    broken[100] ^= 1  # one code by one step
+    got = kernels.matmul(Weights(broken, 64, 256, 64, 4), activations, ones)
+    wanted = reference.matmul(codes, scales, activations, ones, None)
+    assert (np.abs(got - wanted) > bound_of(codes, scales, activations, ones, None)).any()
+
+
+def test_one_outlier(kernels: Kernels) -> None:
+    activations = np.zeros((2, 256), np.int8)
+    activations[1, 200] = 127
+    codes = np.zeros((32, 256), np.int8)
+    codes[7, 200] = -8
+    scales = np.ones((32, 2), np.float32)
+    got = kernels.matmul(kernels.pack(codes, scales), activations, np.ones(2, np.float32))
+    wanted = np.zeros((2, 32), np.float32)
+    wanted[1, 7] = -1016
+    np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("target", NATIVE)
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
+def test_the_result_doesnt_depend_on_threads(target: str, threads: int) -> None:
+    rng = np.random.default_rng(7)
+    codes, scales = weights_of(rng, 300, 512, 128, 4)
+    x = rng.normal(size=(70, 512)).astype(np.float32)
+    alone, together = Kernels(target=target, threads=1), Kernels(target=target, threads=threads)
+    for m in (1, 9, 70):
+        wanted = alone.linear(alone.pack(codes, scales), x[:m], None)
+        np.testing.assert_array_equal(together.linear(together.pack(codes, scales), x[:m], None), wanted)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k", "size"), [(1, 8, 8), (33, 96, 32), (64, 30, 6), (100, 128, 128)])
+def test_layout(kernels: Kernels, bits: int, n: int, k: int, size: int) -> None:
+    codes, scales = weights_of(np.random.default_rng(n), n, k, size, bits)
+    data = kernels.pack(codes, scales, bits=bits).data
+    np.testing.assert_array_equal(data, reference.pack(codes, scales, bits))
+    for got, wanted in zip(reference.unpack(data, n, k, size, bits), (codes, scales), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_layout_to_the_byte() -> None:
+    """The example of docs/kernels.md."""
+    codes = np.zeros((32, 4), np.int8)
+    codes[0] = [-8, 1, 2, 3]
+    codes[16] = [4, 5, 6, 7]
+    scales = np.ones((32, 1), np.float32)
+    data = reference.pack(codes, scales, 4)
+    assert data.size == 64 + 64
+    assert data[:4].tolist() == [0xC0, 0xD9, 0xEA, 0xFB]
+    assert data[4:64].tolist() == [0x88] * 60
+    assert data[64:66].tolist() == [0x80, 0x3F]
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 15, 16, 17, 576, 1000])
+@pytest.mark.parametrize("static", [False, True])
+def test_quantize(kernels: Kernels, k: int, static: bool) -> None:
+    rng = np.random.default_rng(k)
+    x = (rng.normal(size=(7, k)) * np.exp(rng.uniform(-20, 8, (7, 1)))).astype(np.float32)
+    x[1] = 0
+    x[2, k // 2] = 3e38
+    x[3] = np.float32(1e-42)  # subnormal
+    scale = 0.037 if static else None
+    x[4] = np.arange(k) * np.float32(0.5) * np.float32(0.037)  # ties
+    got, wanted = kernels.quantize(x, scale), reference.quantize(x, scale)
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert got[0].dtype == np.int8
+
+
+@pytest.mark.parametrize("k", [5, 64, 77])
+def test_what_cant_be_quantized_shows(kernels: Kernels, k: int) -> None:
+    x = np.random.default_rng(0).normal(size=(4, k)).astype(np.float32)
+    x[1, k - 1] = np.nan
+    x[2, 0] = -np.inf
+    _, static = kernels.quantize(x, 0.1)
+    _, dynamic = kernels.quantize(x, None)
+    assert np.isnan(static).tolist() == [False, True, False, False]  # an infinity saturates
+    assert np.isnan(dynamic).tolist() == [False, True, True, False]
+    assert kernels.quantize(x, 0.1)[0][2, 0] == -128
+    weights = kernels.pack(np.ones((3, k), np.int8), np.ones((3, 1), np.float32))
+    assert np.isnan(kernels.linear(weights, x, 0.1)).all(axis=1).tolist() == [False, True, False, False]
+    weight = np.ones(k, np.float32)
+    for scale in (0.1, None):
+        _, scales = kernels.rms_norm_quantize(x, weight, 1e-6, scale)
+        assert np.isnan(scales[[1, 2]]).all()
+        assert np.isfinite(scales[[0, 3]]).all()
+
+
+@pytest.mark.parametrize("k", [1, 7, 16, 100, 576, 2048])
+@pytest.mark.parametrize("kind", ["rms", "layer", "layer with bias"])
+def test_norms(kernels: Kernels, k: int, kind: str) -> None:
+    rng = np.random.default_rng(k)
+    x = (rng.normal(size=(5, k)) * 3 + 1).astype(np.float32)
+    x[1] *= 1e4
+    x[2] = 0
+    weight = rng.normal(size=k).astype(np.float32)
+    bias = rng.normal(size=k).astype(np.float32) if kind == "layer with bias" else None
+    center = kind != "rms"
+    wanted = reference.normalize(x, weight, bias, 1e-5, center)
+    got = kernels.layer_norm(x, weight, bias, 1e-5) if center else kernels.rms_norm(x, weight, 1e-5)
+    # A mean of k numbers errs by at most k roundings (far fewer: the lanes are sums of their own), which the difference
+    # x - mean shows relative to |mean|; the sum of squares by k roundings, halved by the root; then a few more.
+    size = np.abs(x).max(axis=1, keepdims=True) + np.sqrt(1e-5)
+    rows = x.astype(np.float64) - (x.mean(axis=1, keepdims=True) if center else 0)
+    gain = np.abs(weight) / np.sqrt((rows**2).mean(axis=1, keepdims=True) + 1e-5)
+    bound = (k + 8) * EPS * (2 * size * gain + np.abs(wanted)) + EPS * (0 if bias is None else np.abs(bias))
+    assert (np.abs(got - wanted) <= bound).all()
+    for scale in (0.02, None):
+        fused = (
+            kernels.layer_norm_quantize(x, weight, bias, 1e-5, scale)
+            if center
+            else kernels.rms_norm_quantize(x, weight, 1e-5, scale)
+        )
+        for a, b in zip(fused, kernels.quantize(got, scale), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+ATTENTION = [
+    {},
+    {"window": 5},
+    {"window": 100},
+    {"softcap": 3.0},
+    {"alibi": True},
+    {"alibi": True, "window": 33, "softcap": 20.0},
+]
+
+
+@pytest.mark.parametrize("options", ATTENTION, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 20, 64, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (8, 1), (40, 1)])
+@pytest.mark.parametrize(("m", "before"), [(1, 0), (1, 130), (3, 64), (17, 0), (70, 0), (40, 77)])
+def test_attention(
+    native: Kernels, options: dict, head_dim: int, heads: int, kv_heads: int, m: int, before: int
+) -> None:
+    options = dict(options)
+    rng = np.random.default_rng([heads, head_dim, m, before])
+    page_tokens, positions = 48, m + before
+    count = -(-positions // page_tokens)
+    pages = rng.permutation(count + 2)[:count]
+    keys = rng.integers(-128, 128, (count + 2, page_tokens, kv_heads, head_dim)).astype(np.int8)
+    values = rng.integers(-128, 128, keys.shape).astype(np.int8)
+    queries = rng.normal(size=(m, heads, head_dim)).astype(np.float32)
+    slopes = (2.0 ** -rng.uniform(0, 8, heads)).astype(np.float32) if options.pop("alibi", False) else None
+    arguments = {
+        "key_scale": 0.02,
+        "value_scale": 0.05,
+        "softmax_scale": head_dim**-0.5,
+        "first_position": before,
+        "alibi_slopes": slopes,
+        **options,
+    }
+    got = native.attention(queries, keys, values, pages=pages, **arguments)
+    flat = (cache[pages].reshape(-1, kv_heads, head_dim) for cache in (keys, values))
+    wanted = reference.attention(queries, *flat, **arguments)
+    # A score errs by head_dim + 4 roundings of Σ|q·k| (and of the ALiBi term), which becomes a relative error of the
+    # weight; exp adds 2^-22, the sums over positions their roundings.
+    terms = np.abs(queries).sum(axis=2) * 128 * arguments["key_scale"] * arguments["softmax_scale"]
+    slope = 0 if slopes is None else slopes * positions
+    score_error = EPS * ((head_dim + 4) * terms + 4 * slope + (8 * options["softcap"] if "softcap" in options else 0))
+    relative = 2 * (score_error + 2.0**-21 + (positions + 8) * EPS)
+    largest_value = 128 * arguments["value_scale"]
+    assert (np.abs(got - wanted) <= relative[..., None] * largest_value).all()
+
+
+def test_attention_one_by_one_equals_all_at_once(kernels: Kernels) -> None:
+    """Decoding and prefill are different code."""
+    rng = np.random.default_rng(3)
+    m, heads, head_dim = 50, 4, 32
+    keys = rng.integers(-128, 128, (1, m, 2, head_dim)).astype(np.int8)
+    values = rng.integers(-128, 128, keys.shape).astype(np.int8)
+    queries = rng.normal(size=(m, heads, head_dim)).astype(np.float32)
+    options = {"key_scale": 0.02, "value_scale": 0.05, "softmax_scale": 0.2}
+    together = kernels.attention(queries, keys, values, **options)
+    for i in range(m):
+        alone = kernels.attention(queries[i : i + 1], keys, values, first_position=i, **options)
+        np.testing.assert_allclose(together[i], alone[0], rtol=1e-4, atol=1e-4 * 6.4)
+
+
+def test_wrong_operands_raise(kernels: Kernels) -> None:
+    codes, scales = np.zeros((8, 64), np.int8), np.ones((8, 2), np.float32)
+    weights = kernels.pack(codes, scales)
+    x, ones = np.zeros((2, 64), np.float32), np.ones(2, np.float32)
+    a = np.zeros((2, 64), np.int8)
+    bad = [
+        lambda: kernels.pack(codes.astype(np.int16), scales),
+        lambda: kernels.pack(codes, scales.astype(np.float64)),
+        lambda: kernels.pack(codes, scales[:7]),
+        lambda: kernels.pack(codes, np.ones((8, 3), np.float32)),
+        lambda: kernels.pack(codes, np.ones((8, 0), np.float32)),
+        lambda: kernels.pack(codes + np.int8(8), scales),
+        lambda: kernels.pack(codes, scales * np.float32(1.001)),
+        lambda: kernels.pack(codes, scales * np.float32(np.inf)),
+        lambda: kernels.pack(codes, scales, bits=3),
+        lambda: Weights(weights.data[:-1], 8, 64, 32, 4),
+        lambda: kernels.matmul(weights, a[:, :63], ones),
+        lambda: kernels.matmul(weights, x, ones),
+        lambda: kernels.matmul(weights, a, ones[:1]),
+        lambda: kernels.matmul(weights, a, ones, bias=np.zeros(7, np.float32)),
+        lambda: kernels.linear(weights, a, None),
+        lambda: kernels.linear(weights, x, 0.0),
+        lambda: kernels.linear(weights, x, float("nan")),
+        lambda: kernels.linear(weights, x[0], None),
+        lambda: kernels.quantize(x, -1.0),
+        lambda: kernels.rms_norm(x, np.ones(63, np.float32), 1e-6),
+        lambda: kernels.rms_norm(x, np.ones(64, np.float32), -1.0),
+        lambda: kernels.rms_norm(x[:, :0], np.ones(0, np.float32), 1e-6),
+    ]
+    for call in bad:
+        with pytest.raises(KernelError):
+            call()
+    queries, cache = np.zeros((2, 4, 16), np.float32), np.zeros((3, 8, 2, 16), np.int8)
+    scales_of = {"key_scale": 1.0, "value_scale": 1.0, "softmax_scale": 1.0}
+    for changed in (
+        {"first_position": 23},
+        {"first_position": -1},
+        {"window": -1},
+        {"pages": np.array([0, 3])},
+        {"pages": np.array([-1])},
+        {"alibi_slopes": np.zeros(3, np.float32)},
+        {"keys": cache[:, :, :, :8]},
+        {"keys": np.zeros((3, 8, 3, 16), np.int8), "values": np.zeros((3, 8, 3, 16), np.int8)},
+    ):
+        with pytest.raises(KernelError):
+            kernels.attention(**{"queries": queries, "keys": cache, "values": cache, **scales_of, **changed})
+
+
+def test_empty_batches(kernels: Kernels) -> None:
+    weights = kernels.pack(np.zeros((8, 64), np.int8), np.ones((8, 2), np.float32))
+    assert kernels.linear(weights, np.zeros((0, 64), np.float32), None).shape == (0, 8)
+    assert kernels.quantize(np.zeros((0, 64), np.float32), None)[0].shape == (0, 64)
+    queries, cache = np.zeros((0, 4, 16), np.float32), np.zeros((1, 8, 2, 16), np.int8)
+    assert kernels.attention(queries, cache, cache, key_scale=1, value_scale=1, softmax_scale=1).shape == (0, 4, 16)
+
+
+def test_arrays_of_any_order_and_place(kernels: Kernels) -> None:
+    rng = np.random.default_rng(0)
+    codes, scales = weights_of(rng, 40, 64, 32, 4)
+    x = rng.normal(size=(5, 64)).astype(np.float32)
+    wanted = kernels.linear(kernels.pack(codes, scales), x, 0.02)
+    turned_weights = kernels.pack(np.asfortranarray(codes), np.asfortranarray(scales))
+    turned = kernels.linear(turned_weights, np.asfortranarray(x), 0.02)
+    np.testing.assert_array_equal(turned, wanted)
+    for offset in (1, 2, 4, 12):
+        room = np.zeros(x.nbytes + offset, np.uint8)
+        shifted = room[offset:].view(np.float32).reshape(x.shape)
+        shifted[...] = x
+        np.testing.assert_array_equal(kernels.linear(kernels.pack(codes, scales), shifted, 0.02), wanted)
+        packed = kernels.pack(codes, scales).data
+        moved = np.zeros(packed.size + offset, np.uint8)[offset:]
+        moved[...] = packed
+        np.testing.assert_array_equal(kernels.linear(Weights(moved, 40, 64, 32, 4), x, 0.02), wanted)
+
+
+def test_calls_from_several_threads(kernels: Kernels) -> None:
+    rng = np.random.default_rng(0)
+    codes, scales = weights_of(rng, 100, 256, 128, 4)
+    weights = kernels.pack(codes, scales)
+    inputs = [rng.normal(size=(1 + i, 256)).astype(np.float32) for i in range(6)]
+    wanted = [kernels.linear(weights, x, None) for x in inputs]
+    failed = []
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            if not np.array_equal(kernels.linear(weights, inputs[i], None), wanted[i]):
+                failed.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failed
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_fork(kernels: Kernels) -> None:
+    """A child has no threads of the pool; it makes its own and gets the same numbers."""
+    rng = np.random.default_rng(0)
+    codes, scales = weights_of(rng, 200, 256, 128, 4)
+    weights = kernels.pack(codes, scales)
+    x = rng.normal(size=(40, 256)).astype(np.float32)
+    wanted = kernels.linear(weights, x, None)
+    child = os.fork()
+    if child == 0:
+        same = all(np.array_equal(kernels.linear(weights, x, None), wanted) for _ in range(5))
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    np.testing.assert_array_equal(kernels.linear(weights, x, None), wanted)
+
+
+def test_threads_end_with_their_kernels() -> None:
+    code = (
+        "import os, gc; from fptq.runtime.kernels import Kernels; count = lambda: len(os.listdir('/proc/self/task'));"
+        "before = count(); k = [Kernels(threads=4) for _ in range(5)]; assert count() == before + 15, count();"
+        "del k; gc.collect(); assert count() == before, count()"
+    )
+    if not NATIVE or not os.path.isdir("/proc/self/task"):
+        pytest.skip("needs native kernels and /proc")
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("threads", [0, -1, 5000])
+def test_number_of_threads(threads: int) -> None:
+    with pytest.raises(KernelError, match="threads"):
+        Kernels(threads=threads)
+
+
+def test_choice_of_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FPTQ_KERNEL", raising=False)
+    assert choose_target()[0] == HERE[0]
+    assert Kernels().target == HERE[0]
+    monkeypatch.setenv("FPTQ_KERNEL", HERE[-1])
+    name, reason = choose_target()
+    assert name == HERE[-1]
+    assert "FPTQ_KERNEL" in reason
+    assert choose_target(HERE[0])[0] == HERE[0]
+    monkeypatch.setenv("FPTQ_KERNEL", "mmx")
+    with pytest.raises(KernelError, match="no kernel 'mmx'"):
+        Kernels()
+
+
+def test_a_target_that_the_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels_module, "targets", lambda: {"amx": "AMX-INT8", "scalar": "", "reference": ""})
+    monkeypatch.delenv("FPTQ_KERNEL", raising=False)
+    assert choose_target() == ("scalar", "the fastest that this CPU can run (amx needs AMX-INT8)")
+    with pytest.raises(KernelError, match="needs AMX-INT8"):
+        choose_target("amx")
+
+
+@pytest.mark.parametrize("target", [name for name, lacking in targets().items() if lacking])
+def test_native_code_refuses_a_target_that_the_cpu_lacks(target: str) -> None:
+    """The check in Python isn't the only one."""
+    with pytest.raises(ValueError, match="this CPU has no"):
+        kernels_module._native.Session(target, 1)
