@@ -67,6 +67,7 @@ Shape shape_of(const Array<const int8_t, 2>& codes, const Array<const float, 2>&
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // sessions that are global in Python live until the process ends
   m.doc() = "Kernels for W4A8 on CPUs; see fptq.runtime.kernels.";
 
   m.def("targets", [] {

@@ -37,15 +37,16 @@ class Pool {
   using Call = void (*)(const void*, int64_t, int);
   void run_all(int64_t tasks, Call call, const void* task);
   void take_tasks(int thread);
-  void work(int thread, uint32_t round);
+  void work(int thread);
   void start();
 
   const int threads_;
   std::mutex mutex_;
   std::vector<std::thread> workers_;
-  std::atomic<uint32_t> round_{0};   // counts runs; workers wait for it to change
-  std::atomic<int64_t> next_{0};     // next task
-  std::atomic<int> busy_{0};         // workers that haven't finished this round
+  // A round is one run. Workers join it while it is open; who doesn't wake up in time isn't waited for. So a run takes no
+  // longer than on one thread, even if others' threads occupy the CPUs. Bits: see pool.cc.
+  std::atomic<uint32_t> state_;
+  std::atomic<int64_t> next_{0};  // task
   std::atomic<bool> stop_{false};
   int64_t tasks_ = 0;
   Call call_ = nullptr;

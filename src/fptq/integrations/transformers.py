@@ -1,4 +1,4 @@
-"""A quantized checkpoint as a transformers model: W4A8 linears and an int8 KV cache, by the reference arithmetic.
+"""A quantized checkpoint as a transformers model: W4A8 linears on native kernels, and an int8 KV cache.
 
     model, tokenizer = load("SmolLM2-135M-W4A8")
     model.generate(**tokenizer("Once", return_tensors="pt"), past_key_values=new_cache(model))
@@ -21,36 +21,63 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from fptq import numerics
 from fptq.checkpoint import Checkpoint, KVScales, QuantizedLinear
 from fptq.errors import CheckpointError, GenerationError
+from fptq.integrations.torch_ops import linear as torch_linear
+from fptq.integrations.torch_ops import shared_kernels
 from fptq.models.architectures import attention_name, get_architecture
 from fptq.models.loading import build_skeleton, fill_buffers, load_tokenizer, tied_names
+from fptq.recipe import Activation
+from fptq.runtime import reference
+from fptq.runtime.kernels import REFERENCE
 
 
 class W4A8Linear(nn.Module):
     """A linear layer on int4 codes: y = x̂·Ŵᵀ + b with the integers of the checkpoint.
 
-    It holds the codes in float32, grouped for `numerics.w4a8_matmul`: exact, at the memory of the float model.
+    It holds the codes packed, at four bits, and runs the native kernels. Float activations, and tensors that aren't on
+    the CPU, take the reference arithmetic: then the codes exist in float32, too. The variable FPTQ_KERNEL=reference
+    makes every layer take it.
     """
 
     def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None):
         super().__init__()
         self.out_features, self.in_features = linear.codes.shape
+        self.group_size = linear.group_size
         self.activation = linear.activation
         self.input_scale = linear.input_scale
-        grouped = numerics.group_codes(torch.from_numpy(linear.codes), linear.group_size)
-        self.register_buffer("codes", grouped.contiguous(), persistent=False)
-        self.register_buffer("scales", torch.from_numpy(linear.scales).T.contiguous(), persistent=False)
+        kernels = shared_kernels()
+        self.target = kernels.target
+        packed = kernels.pack(linear.codes, linear.scales, bits=numerics.WEIGHT_BITS)
+        self.register_buffer("packed", torch.from_numpy(packed.data), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self._grouped: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output [..., out_features] for x [..., in_features], in float32."""
-        rows = x.reshape(-1, self.in_features).float()
-        y = numerics.w4a8_linear(rows, self.codes, self.scales, self.activation, self.input_scale, self.bias)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        x = x.float()
+        if self.activation is Activation.NONE or self.target == REFERENCE or x.device.type != "cpu":
+            rows = x.reshape(-1, self.in_features)
+            y = numerics.w4a8_linear(rows, *self._reference(), self.activation, self.input_scale, self.bias)
+            return y.reshape(*x.shape[:-1], self.out_features)
+        scale = self.input_scale if self.activation is Activation.STATIC else None
+        size = self.group_size
+        return torch_linear(x, self.packed, self.out_features, size, numerics.WEIGHT_BITS, scale, self.bias)
+
+    def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes and scales as `numerics.w4a8_linear` takes them, made once, where the layer is."""
+        if self._grouped is None or self._grouped[0].device != self.packed.device:
+            n, k, size = self.out_features, self.in_features, self.group_size
+            codes, scales = reference.unpack(self.packed.cpu().numpy(), n, k, size, numerics.WEIGHT_BITS)
+            grouped = numerics.group_codes(torch.from_numpy(codes), size).contiguous()
+            transposed = torch.from_numpy(scales).T.contiguous()
+            self._grouped = grouped.to(self.packed.device), transposed.to(self.packed.device)
+        return self._grouped
 
     def extra_repr(self) -> str:
         """Return what print(model) shows."""
-        group_size = self.codes.shape[1]
-        return f"{self.in_features} -> {self.out_features}, int4 groups of {group_size}, input {self.activation.value}"
+        return (
+            f"{self.in_features} -> {self.out_features}, int4 groups of {self.group_size}, "
+            f"input {self.activation.value}, kernel {self.target}"
+        )
 
 
 class _Int8Layer:
