@@ -95,6 +95,39 @@ void multiply(const PanelProduct& p) {
   }
 }
 
+// Steps of R rows side by side: R loads, and stores to consecutive places.
+template <int R>
+void interleave(const int8_t* rows, int64_t stride, int64_t steps, int8_t* tile) {
+  for (int64_t s = 0; s < steps; ++s, rows += kStepInputs, tile += R * kStepInputs)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) __builtin_memcpy(tile + r * kStepInputs, rows + r * stride, kStepInputs);
+}
+
+template <int R>
+void interleave_rows(int64_t count, const int8_t* rows, int64_t stride, int64_t steps, int8_t* tile) {
+  if constexpr (R > 0) {
+    if (count == R) return interleave<R>(rows, stride, steps, tile);
+    interleave_rows<R - 1>(count, rows, stride, steps, tile);
+  }
+}
+
+template <class Isa>
+void pack_tile(const Shape& shape, int64_t rows, const int8_t* activations, int8_t* tile, int32_t* corrections) {
+  const int64_t size = shape.group_size, steps = shape.group_steps(), whole = size / kStepInputs;
+  for (int64_t g = 0; g < shape.groups(); ++g, activations += size, tile += steps * rows * kStepInputs) {
+    interleave_rows<Isa::kRows>(rows, activations, shape.k, whole, tile);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int8_t* row = activations + r * shape.k;
+      if (whole < steps)
+        for (int64_t j = 0; j < kStepInputs; ++j)
+          tile[(whole * rows + r) * kStepInputs + j] = whole * kStepInputs + j < size ? row[whole * kStepInputs + j] : 0;
+      int32_t sum = 0;
+      for (int64_t i = 0; i < size; ++i) sum += row[i];
+      corrections[g * rows + r] = -shape.offset() * sum;
+    }
+  }
+}
+
 template <class Isa>
 void unpack(const uint8_t* codes, int64_t codes_stride, int64_t groups, int64_t steps, uint8_t* bytes) {
   constexpr int V = kVectors<Isa>;
@@ -545,6 +578,7 @@ constexpr Kernels kernels() {
           .rows = Isa::kRows,
           .tiles_from_nibbles = Isa::kTilesFromNibbles,
           .query_lanes = 2 * Isa::kLanes,
+          .pack_tile = pack_tile<Isa>,
           .unpack = unpack<Isa>,
           .multiply = multiply<Isa>,
           .quantize = quantize<Isa>,

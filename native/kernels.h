@@ -112,6 +112,8 @@ struct Kernels {
   int tiles_from_nibbles;  // up to so many tiles multiply int4 panels directly; for more they are unpacked first
   int query_lanes;  // queries that attention looks at together
 
+  // One tile of activations, from rows of k codes, and its corrections [group][row].
+  void (*pack_tile)(const Shape& shape, int64_t rows, const int8_t* activations, int8_t* tile, int32_t* corrections);
   // Codes of an int4 panel's groups, a byte each in the layout of int8 panels, without scales.
   void (*unpack)(const uint8_t* codes, int64_t codes_stride, int64_t groups, int64_t steps, uint8_t* bytes);
   void (*multiply)(const PanelProduct& product);

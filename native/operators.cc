@@ -18,26 +18,6 @@ constexpr int64_t kWorthAThread = 32 * 1024;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// One tile of activations in the layout of kernels.h, and its corrections.
-void pack_tile(const Shape& shape, int64_t rows, const int8_t* activations, int8_t* tile, int32_t* corrections) {
-  const int64_t size = shape.group_size, steps = shape.group_steps(), whole = size / kStepInputs;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int8_t* from = activations + r * shape.k;
-    for (int64_t g = 0; g < shape.groups(); ++g, from += size) {
-      int8_t* to = tile + (g * steps * rows + r) * kStepInputs;
-      for (int64_t s = 0; s < whole; ++s) std::memcpy(to + s * rows * kStepInputs, from + s * kStepInputs, kStepInputs);
-      if (whole < steps) {
-        int8_t rest[kStepInputs] = {};
-        std::memcpy(rest, from + whole * kStepInputs, size - whole * kStepInputs);
-        std::memcpy(to + whole * rows * kStepInputs, rest, kStepInputs);
-      }
-      int32_t sum = 0;
-      for (int64_t i = 0; i < size; ++i) sum += from[i];
-      corrections[g * rows + r] = -shape.offset() * sum;
-    }
-  }
-}
-
 // Runs function(row, thread) for all rows, in pieces of at least kWorthAThread numbers.
 template <class Function>
 void for_rows(int64_t m, int64_t k, Workspace& workspace, const Function& function) {
@@ -107,8 +87,8 @@ void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* packed,
     workspace.pool.run(divide_up(tiles, tiles_together), [&](int64_t i, int) {
       for (int64_t tile = i * tiles_together; tile < std::min(tiles, (i + 1) * tiles_together); ++tile) {
         const int64_t row = tile * (rows / tiles) + std::min(tile, rows % tiles);
-        pack_tile(shape, tile_rows(rows, tiles, tile), activations + (start + row) * shape.k,
-                  packed_rows + row * all_steps * kStepInputs, corrections + row * groups);
+        kernels.pack_tile(shape, tile_rows(rows, tiles, tile), activations + (start + row) * shape.k,
+                          packed_rows + row * all_steps * kStepInputs, corrections + row * groups);
       }
     });
 

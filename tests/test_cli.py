@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from fptq.cli import main
+from fptq.integrations import torch_ops
 from fptq.recipe import RECIPES
+from fptq.runtime import kernels
+from fptq.runtime.kernels import Kernels, choose_target, cpu_name
 from tiny import save_tiny
 from tokens import save_tokenizer
 
@@ -142,3 +145,52 @@ def test_a_missing_torch_is_named(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert "needs torch: pip install 'fptq[torch]'" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_doctor_names_cpu_kernel_and_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("FPTQ_KERNEL", raising=False)
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    chosen, reason = choose_target()
+    for words in (f"kernel: {chosen}, {reason}", cpu_name(), "equal those of the numpy reference", "torch", "scalar"):
+        assert words in shown
+    monkeypatch.setenv("FPTQ_KERNEL", "scalar")
+    assert main(["doctor"]) == 0
+    assert "kernel: scalar, the environment variable FPTQ_KERNEL asks for it" in capsys.readouterr().out
+    monkeypatch.setenv("FPTQ_KERNEL", "3dnow")
+    assert main(["doctor"]) == 1
+    assert "no kernel '3dnow'" in capsys.readouterr().err
+
+
+def test_doctor_finds_a_kernel_that_computes_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = Kernels.matmul
+    monkeypatch.setattr(Kernels, "matmul", lambda self, *operands: right(self, *operands) + 1)
+    assert main(["doctor"]) == 1
+    assert "computes wrong products of 1 rows with int4 weights" in capsys.readouterr().err
+
+
+def test_without_native_kernels_everything_runs_and_says_so(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a pure Python installation."""
+    prompt = ["generate", str(checkpoint), "w3 w4", "--max-new-tokens", "5"]
+    assert main(prompt) == 0
+    native = capsys.readouterr()
+    assert "reference" not in native.err
+    torch_ops._kernels.cache_clear()
+    monkeypatch.delenv("FPTQ_KERNEL", raising=False)
+    monkeypatch.setattr(kernels, "_native", None)
+    monkeypatch.setattr(kernels, "_missing", "No module named 'fptq.runtime._native'", raising=False)
+    try:
+        assert main(prompt) == 0
+        plain = capsys.readouterr()
+        assert plain.out == native.out
+        assert "the numpy reference runs; slow: this installation has no native kernels" in plain.err
+        assert main(["doctor"]) == 0
+        assert "kernel: reference, slow" in capsys.readouterr().out
+    finally:
+        torch_ops._kernels.cache_clear()

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_evaluate(commands)
     _add_generate(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -180,6 +181,14 @@ def _add_generate(commands: Any) -> None:
     add("--seed", type=int, default=0, help="of sampling")
 
 
+def _add_doctor(commands: Any) -> None:
+    details = """
+        The fastest kernel that the CPU can run is chosen by itself. The environment variable
+        FPTQ_KERNEL forces another one of the list; 'reference' is numpy and slow.
+        """
+    _add_command(commands, "doctor", _doctor, "show which kernels run on this machine, and why", details)
+
+
 def _quantize(options: argparse.Namespace) -> None:
     _require_torch()
     from fptq.quantize import Options, quantize
@@ -240,6 +249,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     counts = {"windows": f"windows of {spec.length} tokens", "lambada_examples": "LAMBADA examples"}
     used = [f"{results.settings[key]} {what}" for key, what in counts.items() if key in results.settings]
     print(f"\n± is one standard error; {', '.join(used)}")
+    print(f"kernel {results.settings['kernel']}, {results.settings['threads']} threads")
     if options.json:
         _write_json(options.json, results.to_dict())
 
@@ -247,8 +257,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     _require_torch()
     from fptq.integrations.transformers import generate, load
+    from fptq.runtime.kernels import REFERENCE, choose_target
 
     model, tokenizer = load(options.checkpoint)
+    kernel, reason = choose_target()
+    if kernel == REFERENCE:
+        print(f"fptq: the numpy reference runs; {reason}", file=sys.stderr)
     generate(
         model,
         tokenizer,
@@ -261,6 +275,15 @@ def _generate(options: argparse.Namespace) -> None:
         on_text=lambda text: print(text, end="", flush=True),
     )
     print()
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    from fptq.report.tables import diagnosis_table
+    from fptq.runtime.doctor import diagnose, require_sound
+
+    diagnosis = diagnose()
+    print(diagnosis_table(diagnosis))
+    require_sound(diagnosis)
 
 
 def _print_checkpoint(checkpoint: Checkpoint, *, summary: bool) -> None:

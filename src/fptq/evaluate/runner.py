@@ -18,6 +18,7 @@ from fptq.evaluate.fidelity import (
     score_lambada,
     score_windows,
 )
+from fptq.integrations.torch_ops import shared_kernels
 from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel
 from fptq.models.text import beginning_of_sequence, hub_text, local_text, read_text
@@ -88,7 +89,9 @@ def evaluate(folder: str, reference: str | None, spec: EvaluationSpec, *, progre
     """
     models, tokenizer = open_models({"quantized": folder}, reference)
     scores, counts = score(models, tokenizer, spec, progress=progress)
-    settings = {**asdict(spec), **counts, "checkpoint": folder, "reference": reference}
+    kernels = shared_kernels()
+    ran = {"kernel": kernels.target, "threads": kernels.threads}
+    settings = {**asdict(spec), **counts, "checkpoint": folder, "reference": reference, **ran}
     return Evaluation(scores["quantized"], scores.get("reference"), settings)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from fptq.checkpoint import Checkpoint
 from fptq.evaluate.estimates import Estimate
+from fptq.runtime.doctor import PACKAGES, Diagnosis
 
 _ROLES = {"qkv": "QKV", "dense": "Dense", "fc1": "FC1", "fc2": "FC2"}
 _SHORT = {"static per-tensor": "static", "dynamic per-token": "dynamic", "none": "float"}
@@ -27,6 +28,25 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return "  ".join(cells).rstrip()
 
     return "\n".join([align(lines[0]), "  ".join("─" * w for w in widths), *map(align, lines[1:])])
+
+
+def diagnosis_table(diagnosis: Diagnosis) -> str:
+    """Return what `fptq doctor` found."""
+    targets = format_table(
+        ["kernel", "here"],
+        [[name, f"lacks {lacking}" if lacking else "can run"] for name, lacking in diagnosis.targets.items()],
+    )
+    packages = format_table(
+        ["package", "version", "for"],
+        [[name, version or "not installed", PACKAGES[name]] for name, version in diagnosis.packages.items()],
+    )
+    facts = [
+        diagnosis.system,
+        f"CPU: {diagnosis.cpu}",
+        f"kernel: {diagnosis.kernel}, {diagnosis.reason}",
+        f"check: {diagnosis.check or 'its products equal those of the numpy reference'}",
+    ]
+    return "\n\n".join(["\n".join(facts), targets, packages])
 
 
 def plan_table(layers: dict[str, dict[str, Any]]) -> str:
