@@ -10,7 +10,9 @@ the kernels and the layout of packed weights.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import platform
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +22,10 @@ from fptq.runtime import reference
 
 try:
     from fptq.runtime import _native
-except ImportError as error:  # a pure Python installation; `targets` says so
+except ImportError as error:
     _native = None  # type: ignore[assignment]
-    _missing = str(error)
+    _built = importlib.util.find_spec("fptq.runtime._native") is not None
+    _missing = str(error) if _built else "it was installed as pure Python"
 
 Array = np.ndarray
 
@@ -39,7 +42,7 @@ def targets() -> dict[str, str]:
 
 def cpu_name() -> str:
     """Return what the CPU calls itself, if it does."""
-    return (_native.cpu_name() if _native else "") or "unknown CPU"
+    return (_native.cpu_name() if _native else "") or platform.processor() or platform.machine()
 
 
 def choose_target(name: str | None = None) -> tuple[str, str]:
