@@ -53,6 +53,12 @@ def test_only_models_and_integrations_know_transformers() -> None:
             assert not any(name.split(".")[0] == "transformers" for name in named), path
 
 
+def test_native_code_has_one_door() -> None:
+    for path in SOURCE.rglob("*.py"):
+        if path != SOURCE / "runtime" / "kernels.py":
+            assert "_native" not in path.read_text(), path
+
+
 def test_import_is_light() -> None:
     code = (
         "import sys, socket; socket.socket = None; import fptq, fptq.checkpoint, fptq.cli, fptq.report.tables; "
