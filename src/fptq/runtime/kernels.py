@@ -11,8 +11,10 @@ the kernels and the layout of packed weights.
 from __future__ import annotations
 
 import importlib.util
+import mmap
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,6 +101,32 @@ class Weights:
         return self.data.nbytes
 
 
+class _Memory:
+    """Hands out memory for weights from large pieces, in huge pages where the system has them.
+
+    A product of one row reads all its weights once. With pages of 4 KiB it would wait for an address translation every
+    64 lines. A piece is given back when the last weights in it are.
+    """
+
+    PIECE_BYTES = 32 << 20
+    ALIGNMENT = 64
+
+    def __init__(self) -> None:
+        self._rest = np.empty(0, np.uint8)
+
+    def take(self, nbytes: int) -> Array:
+        """Return uint8 [nbytes], aligned to cache lines, with arbitrary content."""
+        if nbytes > self._rest.size:
+            piece = mmap.mmap(-1, max(nbytes, self.PIECE_BYTES))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with suppress(OSError):  # a kernel without them
+                    piece.madvise(mmap.MADV_HUGEPAGE)
+            self._rest = np.frombuffer(piece, np.uint8)
+        taken = self._rest[:nbytes]
+        self._rest = self._rest[-(-nbytes // self.ALIGNMENT) * self.ALIGNMENT :]
+        return taken
+
+
 class Kernels:
     """Operators with a target and a pool of threads of their own.
 
@@ -118,6 +146,7 @@ class Kernels:
             raise KernelError(f"{threads} threads: needed from 1 to 1024")
         self.target, self.reason = choose_target(target)
         self._session = None if self.target == REFERENCE else _native.Session(self.target, self.threads)
+        self._memory = _Memory()
 
     def pack(self, codes: Array, scales: Array, *, bits: int = 4) -> Weights:
         """Return a weight matrix in the kernels' layout.
@@ -148,7 +177,7 @@ class Kernels:
         size = k // groups
         if self._session is None:
             return Weights(reference.pack(codes, scales, bits), n, k, size, bits)
-        data = np.empty(reference.packed_bytes(n, k, size, bits), np.uint8)
+        data = self._memory.take(reference.packed_bytes(n, k, size, bits))
         self._session.pack(codes, scales, bits, data)
         return Weights(data, n, k, size, bits)
 
@@ -340,7 +369,8 @@ def _check(name: str, array: Array, dtype: type, shape: tuple[int | None, ...]) 
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
         needed = ", ".join("any" if n is None else str(n) for n in shape)
         raise KernelError(f"{name} is {got}: needed {np.dtype(dtype)} [{needed}]")
-    return np.require(array, requirements=["C", "A"])
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else np.require(array, requirements=["C", "A"])
 
 
 def _check_optional(name: str, array: Array | None, shape: tuple[int | None, ...]) -> Array | None:
