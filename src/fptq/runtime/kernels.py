@@ -11,10 +11,8 @@ the kernels and the layout of packed weights.
 from __future__ import annotations
 
 import importlib.util
-import mmap
 import os
 import platform
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,7 +100,7 @@ class Weights:
 
 
 class _Memory:
-    """Hands out memory for weights from large pieces, in huge pages where the system has them.
+    """Hands out memory for weights from large pieces, which numpy puts into huge pages where the system has them.
 
     A product of one row reads all its weights once. With pages of 4 KiB it would wait for an address translation every
     64 lines. A piece is given back when the last weights in it are.
@@ -116,14 +114,12 @@ class _Memory:
 
     def take(self, nbytes: int) -> Array:
         """Return uint8 [nbytes], aligned to cache lines, with arbitrary content."""
-        if nbytes > self._rest.size:
-            piece = mmap.mmap(-1, max(nbytes, self.PIECE_BYTES))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with suppress(OSError):  # a kernel without them
-                    piece.madvise(mmap.MADV_HUGEPAGE)
-            self._rest = np.frombuffer(piece, np.uint8)
-        taken = self._rest[:nbytes]
-        self._rest = self._rest[-(-nbytes // self.ALIGNMENT) * self.ALIGNMENT :]
+        start = -self._rest.ctypes.data % self.ALIGNMENT
+        if start + nbytes > self._rest.size:
+            self._rest = np.empty(max(nbytes, self.PIECE_BYTES) + self.ALIGNMENT, np.uint8)
+            start = -self._rest.ctypes.data % self.ALIGNMENT
+        taken = self._rest[start : start + nbytes]
+        self._rest = self._rest[start + nbytes :]
         return taken
 
 
