@@ -7,10 +7,26 @@ inline constexpr int kVectors = kPanelChannels / Isa::kLanes;
 constexpr int kPrefetchBytes = 4096;  // ahead in the stream of weights
 
 
+// Weights that are prefetched while a tile is multiplied: an address for each step.
+struct Ahead {
+  const uint8_t* first;
+  int64_t step_stride;
+  int64_t group_stride;
+};
+
+// With one tile, weights are used as they come from memory: those a little further on. With several, only the first tile
+// waits for memory: every tile prefetches its share of the next panel.
+inline Ahead look_ahead(const PanelProduct& p, int64_t tile) {
+  const int64_t step_bytes = p.source == Source::wide ? 128 : 64;
+  if (p.tiles == 1) return {p.codes + kPrefetchBytes, step_bytes, p.codes_stride};
+  const int64_t share = p.groups * p.scales_stride / p.tiles;
+  return {p.next_panel + tile * share, step_bytes / p.tiles, p.scales_stride / p.tiles};
+}
+
 // Σ over `groups` groups for R rows and the 32 channels of a panel. R·kVectors int32 sums stay in registers through a
 // group; the float sums may live on the stack, touched once a group.
 template <class Isa, int R, Source kSource>
-void multiply_tile(const PanelProduct& p, const int8_t* activations, const int32_t* corrections,
+void multiply_tile(const PanelProduct& p, const Ahead& ahead, const int8_t* activations, const int32_t* corrections,
                    const float* activation_scales, const float* bias, float* sums, int64_t stride) {
   constexpr int V = kVectors<Isa>;
   using Float = typename Isa::Float;
@@ -20,14 +36,16 @@ void multiply_tile(const PanelProduct& p, const int8_t* activations, const int32
       total[r][v] = p.add ? Isa::load(sums + r * stride + v * Isa::kLanes) : Isa::splat(0.0f);
   for (int64_t g = 0; g < p.groups; ++g) {
     const uint8_t* codes = p.codes + g * p.codes_stride;
+    const uint8_t* soon = ahead.first + g * ahead.group_stride;
     typename Isa::Int sum[R][V];
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v)
         sum[r][v] = Isa::splat_int(kSource == Source::wide && Isa::kWideIsSigned ? 0 : corrections[g * R + r]);
     for (int64_t s = 0; s < p.steps; ++s) {
       typename Isa::Codes c[V];
+      __builtin_prefetch(soon);
+      soon += ahead.step_stride;
       if constexpr (kSource == Source::nibbles) {
-        __builtin_prefetch(codes + kPrefetchBytes);
         for (int v = 0; v < V / 2; ++v) Isa::load_nibbles(codes + v * Isa::kLanes * 4, c[v], c[v + V / 2]);
         codes += 64;
       } else {
@@ -57,12 +75,13 @@ void multiply_tile(const PanelProduct& p, const int8_t* activations, const int32
 }
 
 template <class Isa, Source kSource, int R = Isa::kRows>
-void multiply_rows(int64_t rows, const PanelProduct& p, const int8_t* activations, const int32_t* corrections,
-                   const float* activation_scales, const float* bias, float* sums, int64_t stride) {
+void multiply_rows(int64_t rows, const PanelProduct& p, const Ahead& ahead, const int8_t* activations,
+                   const int32_t* corrections, const float* activation_scales, const float* bias, float* sums,
+                   int64_t stride) {
   if constexpr (R > 0) {
     if (rows == R)
-      return multiply_tile<Isa, R, kSource>(p, activations, corrections, activation_scales, bias, sums, stride);
-    multiply_rows<Isa, kSource, R - 1>(rows, p, activations, corrections, activation_scales, bias, sums, stride);
+      return multiply_tile<Isa, R, kSource>(p, ahead, activations, corrections, activation_scales, bias, sums, stride);
+    multiply_rows<Isa, kSource, R - 1>(rows, p, ahead, activations, corrections, activation_scales, bias, sums, stride);
   }
 }
 
@@ -84,7 +103,7 @@ void multiply(const PanelProduct& p) {
                                : p.source == Source::bytes ? multiply_rows<Isa, Source::bytes>
                                                            : multiply_rows<Isa, Source::wide>;
     multiply_some(
-        rows, p, p.activations + (row * p.all_groups + p.first_group * rows) * p.steps * kStepInputs,
+        rows, p, look_ahead(p, tile), p.activations + (row * p.all_groups + p.first_group * rows) * p.steps * kStepInputs,
         p.corrections + row * p.all_groups + p.first_group * rows,
         p.activation_scales ? p.activation_scales + row : nullptr, p.activation_scales && p.bias ? bias : nullptr,
         whole ? out : edge, whole ? p.sums_stride : kPanelChannels);

@@ -57,6 +57,7 @@ struct PanelProduct {
   const uint8_t* scales;        // first group's scales
   int64_t codes_stride;         // bytes from one group to the next
   int64_t scales_stride;
+  const uint8_t* next_panel;    // packed codes that will be needed next, scales_stride bytes a group
   int64_t groups;
   int64_t steps;                // of a group
   Source source;

@@ -27,6 +27,79 @@ void for_rows(int64_t m, int64_t k, Workspace& workspace, const Function& functi
   });
 }
 
+// Quantizes a row, statically where `scale` is above 0, and returns its scale, NaN if it can't be quantized.
+float quantize_row(const Kernels& kernels, const float* x, int64_t k, float scale, int8_t* codes) {
+  if (!(scale > 0)) return kernels.quantize_dynamic(x, k, codes);
+  return kernels.quantize(x, k, scale, codes) ? scale : std::numeric_limits<float>::quiet_NaN();
+}
+
+// The product, with rows that prepare(first row, rows, tile, corrections, scales, thread) brings into a tile.
+template <class Prepare>
+void multiply_prepared(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m,
+                       const Prepare& prepare, const float* bias, float* y, Workspace& workspace) {
+  const int64_t n = shape.n, groups = shape.groups(), panels = shape.panels();
+  const int64_t all_steps = groups * shape.group_steps();
+  const int64_t threads = workspace.pool.threads();
+  for (int64_t start = 0; start < m; start += kRowBlock) {
+    const int64_t rows = std::min(kRowBlock, m - start), tiles = divide_up(rows, kernels.rows);
+    auto* const tile_codes = workspace.activations.reserve_array<int8_t>(rows * all_steps * kStepInputs);
+    auto* const corrections = workspace.corrections.reserve_array<int32_t>(rows * groups);
+    auto* const scales = workspace.scales.reserve_array<float>(rows);
+    const int64_t tiles_together = rows * shape.k < kWorthAThread ? tiles : divide_up(tiles, 4 * threads);
+    workspace.pool.run(divide_up(tiles, tiles_together), [&](int64_t i, int thread) {
+      for (int64_t tile = i * tiles_together; tile < std::min(tiles, (i + 1) * tiles_together); ++tile) {
+        const int64_t row = tile * (rows / tiles) + std::min(tile, rows % tiles);
+        prepare(start + row, tile_rows(rows, tiles, tile), tile_codes + row * all_steps * kStepInputs,
+                corrections + row * groups, scales + row, thread);
+      }
+    });
+
+    // With many tiles it may pay to take the nibbles apart once for all of them.
+    const bool unpack = shape.type == WeightType::int4 && tiles > kernels.tiles_from_nibbles;
+    const int64_t bytes_of_group = shape.group_steps() * kStepInputs * kPanelChannels;
+    const int64_t groups_together = unpack ? std::clamp<int64_t>(kPanelBytes / bytes_of_group, 1, groups) : groups;
+    const int64_t panels_together = std::max<int64_t>(1, panels / (threads * 8));
+    workspace.pool.run(divide_up(panels, panels_together), [&](int64_t i, int thread) {
+      uint8_t* bytes = nullptr;
+      if (unpack) bytes = workspace.threads[thread].reserve_array<uint8_t>(groups_together * bytes_of_group);
+      const int64_t end = std::min(panels, (i + 1) * panels_together);
+      for (int64_t first = 0; first < groups; first += groups_together) {
+        for (int64_t panel = i * panels_together; panel < end; ++panel) {
+          const uint8_t* const codes = packed + panel * shape.panel_bytes() + first * shape.group_bytes();
+          PanelProduct p{};
+          p.steps = shape.group_steps();
+          p.groups = std::min(groups_together, groups - first);
+          p.first_group = first;
+          p.all_groups = groups;
+          p.source = shape.type == WeightType::int8 ? Source::wide : unpack ? Source::bytes : Source::nibbles;
+          p.codes = codes;
+          p.codes_stride = shape.group_bytes();
+          p.scales = codes + shape.group_steps() * shape.step_bytes();
+          p.scales_stride = shape.group_bytes();
+          // Behind the last panel this points outside, which a prefetch may.
+          p.next_panel = codes + shape.panel_bytes();
+          if (unpack) {
+            kernels.unpack(codes, shape.group_bytes(), p.groups, p.steps, bytes);
+            p.codes = bytes;
+            p.codes_stride = bytes_of_group;
+          }
+          p.activations = tile_codes;
+          p.corrections = corrections;
+          p.rows = rows;
+          p.tiles = tiles;
+          p.add = first > 0;
+          p.activation_scales = first + p.groups == groups ? scales : nullptr;
+          p.bias = bias ? bias + panel * kPanelChannels : nullptr;
+          p.sums = y + start * n + panel * kPanelChannels;
+          p.sums_stride = n;
+          p.channels = static_cast<int>(std::min<int64_t>(kPanelChannels, n - panel * kPanelChannels));
+          kernels.multiply(p);
+        }
+      }
+    });
+  }
+}
+
 }  // namespace
 
 void Buffer::Free::operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
@@ -76,87 +149,29 @@ void pack(const Shape& shape, const int8_t* codes, const float* scales, uint8_t*
 
 void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const int8_t* activations,
               const float* activation_scales, const float* bias, float* y, Workspace& workspace) {
-  const int64_t n = shape.n, groups = shape.groups(), panels = shape.panels();
-  const int64_t all_steps = groups * shape.group_steps();
-  const int64_t threads = workspace.pool.threads();
-  for (int64_t start = 0; start < m; start += kRowBlock) {
-    const int64_t rows = std::min(kRowBlock, m - start), tiles = divide_up(rows, kernels.rows);
-    auto* const packed_rows = workspace.activations.reserve_array<int8_t>(rows * all_steps * kStepInputs);
-    auto* const corrections = workspace.corrections.reserve_array<int32_t>(rows * groups);
-    const int64_t tiles_together = rows * shape.k < kWorthAThread ? tiles : divide_up(tiles, 4 * threads);
-    workspace.pool.run(divide_up(tiles, tiles_together), [&](int64_t i, int) {
-      for (int64_t tile = i * tiles_together; tile < std::min(tiles, (i + 1) * tiles_together); ++tile) {
-        const int64_t row = tile * (rows / tiles) + std::min(tile, rows % tiles);
-        kernels.pack_tile(shape, tile_rows(rows, tiles, tile), activations + (start + row) * shape.k,
-                          packed_rows + row * all_steps * kStepInputs, corrections + row * groups);
-      }
-    });
+  const auto prepare = [&](int64_t first, int64_t rows, int8_t* tile, int32_t* corrections, float* scales, int) {
+    kernels.pack_tile(shape, rows, activations + first * shape.k, tile, corrections);
+    std::copy_n(activation_scales + first, rows, scales);
+  };
+  multiply_prepared(kernels, shape, packed, m, prepare, bias, y, workspace);
+}
 
-    PanelProduct common{};
-    common.steps = shape.group_steps();
-    common.all_groups = groups;
-    common.rows = rows;
-    common.tiles = tiles;
-    common.codes_stride = common.scales_stride = shape.group_bytes();
-    common.bias = bias;
-    common.sums_stride = n;
-    // With several tiles it pays to take the nibbles apart once for all of them.
-    const bool unpack = shape.type == WeightType::int4 && tiles > kernels.tiles_from_nibbles;
-    const int64_t group_bytes = shape.group_steps() * 2 * 64;
-    const int64_t groups_together =
-        unpack ? std::clamp<int64_t>(kPanelBytes / group_bytes, 1, groups) : groups;
-    const int64_t panels_together = std::max<int64_t>(1, panels / (threads * 8));
-    workspace.pool.run(divide_up(panels, panels_together), [&](int64_t i, int thread) {
-      uint8_t* bytes = nullptr;
-      if (unpack) bytes = workspace.threads[thread].reserve_array<uint8_t>(groups_together * group_bytes);
-      const int64_t end = std::min(panels, (i + 1) * panels_together);
-      for (int64_t first = 0; first < groups; first += groups_together) {
-        for (int64_t panel = i * panels_together; panel < end; ++panel) {
-          const uint8_t* codes = packed + panel * shape.panel_bytes() + first * shape.group_bytes();
-          PanelProduct p = common;
-          p.groups = std::min(groups_together, groups - first);
-          p.scales = codes + shape.group_steps() * shape.step_bytes();
-          p.source = shape.type == WeightType::int8 ? Source::wide : unpack ? Source::bytes : Source::nibbles;
-          p.codes = codes;
-          if (unpack) {
-            kernels.unpack(codes, shape.group_bytes(), p.groups, p.steps, bytes);
-            p.codes = bytes;
-            p.codes_stride = group_bytes;
-          }
-          p.first_group = first;
-          p.activations = packed_rows;
-          p.corrections = corrections;
-          p.add = first > 0;
-          p.activation_scales = first + p.groups == groups ? activation_scales + start : nullptr;
-          if (bias) p.bias = bias + panel * kPanelChannels;
-          p.sums = y + start * n + panel * kPanelChannels;
-          p.channels = static_cast<int>(std::min<int64_t>(kPanelChannels, n - panel * kPanelChannels));
-          kernels.multiply(p);
-        }
-      }
-    });
-  }
+void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const float* x, float scale,
+            const float* bias, float* y, Workspace& workspace) {
+  const auto prepare = [&](int64_t first, int64_t rows, int8_t* tile, int32_t* corrections, float* scales, int thread) {
+    auto* const codes = workspace.threads[thread].reserve_array<int8_t>(rows * shape.k);
+    for (int64_t r = 0; r < rows; ++r)
+      scales[r] = quantize_row(kernels, x + (first + r) * shape.k, shape.k, scale, codes + r * shape.k);
+    kernels.pack_tile(shape, rows, codes, tile, corrections);
+  };
+  multiply_prepared(kernels, shape, packed, m, prepare, bias, y, workspace);
 }
 
 void quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, float scale, int8_t* codes, float* scales,
               Workspace& workspace) {
   for_rows(m, k, workspace, [&](int64_t row, int) {
-    const float* from = x + row * k;
-    int8_t* to = codes + row * k;
-    if (scale > 0) {
-      scales[row] = kernels.quantize(from, k, scale, to) ? scale : std::numeric_limits<float>::quiet_NaN();
-    } else {
-      scales[row] = kernels.quantize_dynamic(from, k, to);
-    }
+    scales[row] = quantize_row(kernels, x + row * k, k, scale, codes + row * k);
   });
-}
-
-void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const float* x, float scale,
-            const float* bias, float* y, Workspace& workspace) {
-  auto* const codes = workspace.codes.reserve_array<int8_t>(m * shape.k);
-  auto* const scales = workspace.scales.reserve_array<float>(m);
-  quantize(kernels, x, m, shape.k, scale, codes, scales, workspace);
-  multiply(kernels, shape, packed, m, codes, scales, bias, y, workspace);
 }
 
 void normalize(const Kernels& kernels, const float* x, int64_t m, int64_t k, const Norm& norm, float* out,

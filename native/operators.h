@@ -33,10 +33,9 @@ class Buffer {
 struct Workspace {
   explicit Workspace(int threads) : pool(threads), threads(threads) {}
   Pool pool;
-  Buffer codes;
-  Buffer scales;
   Buffer activations;
   Buffer corrections;
+  Buffer scales;
   std::vector<Buffer> threads;  // scratch of each
 };
 
