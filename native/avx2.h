@@ -34,6 +34,7 @@ struct Avx2 {
   }
   static Int splat_int(int32_t x) { return _mm256_set1_epi32(x); }
   static Int combine(Int a, Int b) { return _mm256_xor_si256(a, b); }
+  static void hide(Codes& codes) { asm volatile("" : "+x"(codes)); }
 
   static Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }
   static Float load_scales(const uint8_t* p) {

@@ -34,6 +34,7 @@ struct Isa {
   }
   static Int splat_int(int32_t x) { return _mm512_set1_epi32(x); }
   static Int combine(Int a, Int b) { return _mm512_xor_si512(a, b); }
+  static void hide(Codes& codes) { asm volatile("" : "+v"(codes)); }
   // Assembly: gcc 12 copies the accumulator before and after the intrinsic.
   template <bool kWide>
   static void dot(Int& sum, Codes codes, Step step) {

@@ -48,6 +48,7 @@ class Session {
   // Calls function(kernels, workspace) without the interpreter's lock, and alone.
   template <class Function>
   void run(const Function& function) {
+    workspace_.pool.revive();
     nb::gil_scoped_release release;
     const auto lock = workspace_.pool.lock();
     function(kernels_, workspace_);
@@ -77,6 +78,9 @@ NB_MODULE(_native, m) {
   });
   m.def("cpu_name", cpu_name);
 
+  // Arrays of another type or order are refused: an implicit copy would take an output's place.
+  const auto array = nb::arg().noconvert();
+  const auto number = nb::arg();
   nb::class_<Session>(m, "Session")
       .def(nb::init<const std::string&, int>())
       .def("pack",
@@ -86,7 +90,8 @@ NB_MODULE(_native, m) {
              s.run([&](const Kernels&, Workspace& w) {
                pack(shape, codes.data(), scales.data(), packed.data(), w.pool);
              });
-           })
+           },
+           array, array, number, array)
       .def("multiply",
            [](Session& s, Array<const uint8_t, 1> packed, int64_t group_size, int bits,
               Array<const int8_t, 2> activations, Array<const float, 1> scales, Optional<const float, 1> bias,
@@ -97,24 +102,28 @@ NB_MODULE(_native, m) {
                multiply(k, shape, packed.data(), static_cast<int64_t>(y.shape(0)), activations.data(), scales.data(),
                         data_or_null(bias), y.data(), w);
              });
-           })
+           },
+           array, number, number, array, array, array, array)
       .def("linear",
            [](Session& s, Array<const uint8_t, 1> packed, int64_t group_size, int bits, Array<const float, 2> x,
-              float scale, Optional<const float, 1> bias, Array<float, 2> y) {
+              std::optional<float> scale, Optional<const float, 1> bias, Array<float, 2> y) {
              const Shape shape{static_cast<int64_t>(y.shape(1)), static_cast<int64_t>(x.shape(1)), group_size,
                                static_cast<WeightType>(bits)};
              s.run([&](const Kernels& k, Workspace& w) {
                linear(k, shape, packed.data(), static_cast<int64_t>(x.shape(0)), x.data(), scale, data_or_null(bias),
                       y.data(), w);
              });
-           })
+           },
+           array, number, number, array, number, array, array)
       .def("quantize",
-           [](Session& s, Array<const float, 2> x, float scale, Array<int8_t, 2> codes, Array<float, 1> scales) {
+           [](Session& s, Array<const float, 2> x, std::optional<float> scale, Array<int8_t, 2> codes,
+              Array<float, 1> scales) {
              s.run([&](const Kernels& k, Workspace& w) {
                quantize(k, x.data(), static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(x.shape(1)), scale,
                         codes.data(), scales.data(), w);
              });
-           })
+           },
+           array, number, array, array)
       .def("normalize",
            [](Session& s, Array<const float, 2> x, Array<const float, 1> weight, Optional<const float, 1> bias,
               float eps, bool center, Array<float, 2> out) {
@@ -123,16 +132,18 @@ NB_MODULE(_native, m) {
                normalize(k, x.data(), static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(x.shape(1)), norm,
                          out.data(), w);
              });
-           })
+           },
+           array, array, array, number, number, array)
       .def("normalize_quantize",
            [](Session& s, Array<const float, 2> x, Array<const float, 1> weight, Optional<const float, 1> bias,
-              float eps, bool center, float scale, Array<int8_t, 2> codes, Array<float, 1> scales) {
+              float eps, bool center, std::optional<float> scale, Array<int8_t, 2> codes, Array<float, 1> scales) {
              const Norm norm{weight.data(), data_or_null(bias), eps, center};
              s.run([&](const Kernels& k, Workspace& w) {
                normalize_quantize(k, x.data(), static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(x.shape(1)), norm,
                                   scale, codes.data(), scales.data(), w);
              });
-           })
+           },
+           array, array, array, number, number, number, array, array)
       .def("attend",
            [](Session& s, Array<const float, 3> queries, Array<const int8_t, 4> keys, Array<const int8_t, 4> values,
               Array<const int64_t, 1> pages, float key_scale, float value_scale, float softmax_scale, float softcap,
@@ -162,11 +173,13 @@ NB_MODULE(_native, m) {
                                        .window = window,
                                        .alibi_slopes = data_or_null(alibi_slopes)};
              s.run([&](const Kernels& k, Workspace& w) { attend(k, attention, w); });
-           })
+           },
+           array, array, array, array, number, number, number, number, number, number, array, array)
       .def("read",
            [](Session& s, Array<const uint8_t, 1> data) {
              s.run([&](const Kernels& k, Workspace& w) { measure_read(k, data.data(), data.size(), w); });
-           })
+           },
+           array)
       .def("dot", [](Session& s, int64_t steps) {
         int64_t operations = 0;
         s.run([&](const Kernels& k, Workspace& w) { operations = measure_dot(k, steps, w); });

@@ -44,6 +44,7 @@ void multiply_tile(const PanelProduct& p, const Ahead& ahead, const int8_t* acti
     for (int64_t s = 0; s < p.steps; ++s) {
       typename Isa::Codes c[V];
       __builtin_prefetch(soon);
+      if constexpr (kSource == Source::wide) __builtin_prefetch(soon + 64);
       soon += ahead.step_stride;
       if constexpr (kSource == Source::nibbles) {
         for (int v = 0; v < V / 2; ++v) Isa::load_nibbles(codes + v * Isa::kLanes * 4, c[v], c[v + V / 2]);
@@ -102,9 +103,9 @@ void multiply(const PanelProduct& p) {
     const auto multiply_some = p.source == Source::nibbles ? multiply_rows<Isa, Source::nibbles>
                                : p.source == Source::bytes ? multiply_rows<Isa, Source::bytes>
                                                            : multiply_rows<Isa, Source::wide>;
+    const int64_t before = row * p.all_groups + p.first_group * rows;  // groups of rows that lie before this tile's first
     multiply_some(
-        rows, p, look_ahead(p, tile), p.activations + (row * p.all_groups + p.first_group * rows) * p.steps * kStepInputs,
-        p.corrections + row * p.all_groups + p.first_group * rows,
+        rows, p, look_ahead(p, tile), p.activations + before * p.steps * kStepInputs, p.corrections + before,
         p.activation_scales ? p.activation_scales + row : nullptr, p.activation_scales && p.bias ? bias : nullptr,
         whole ? out : edge, whole ? p.sums_stride : kPanelChannels);
     if (!whole)
@@ -163,7 +164,7 @@ void unpack(const uint8_t* codes, int64_t codes_stride, int64_t groups, int64_t 
   }
 }
 
-// Calls function(lane count, pointer arguments…) for every vector of a row of k, the last one by way of a padded copy.
+// Calls function(first index, how many of its lanes are valid, vector) for every vector of a row; the last is padded.
 template <class Isa, class Function>
 void for_vectors(const float* x, int64_t k, const Function& function) {
   constexpr int L = Isa::kLanes;
@@ -319,7 +320,7 @@ inline int64_t page_rows(const AttentionProduct& a, int64_t position, int64_t en
 }
 
 inline const int8_t* row_of(const AttentionProduct& a, const int8_t* const* pages, int64_t position) {
-  return pages[position / a.page_tokens] + position % a.page_tokens * a.token_stride;
+  return pages[position / a.page_tokens] + position % a.page_tokens * a.token_stride + a.head_offset;
 }
 
 template <class Isa>
@@ -348,7 +349,7 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
     const int64_t row = query / a.heads, head = query % a.heads, at = a.first_position + row;
     if (w == 0) earliest = at;
     if (at > latest) latest = at;
-    position[w] = static_cast<float>(at);
+    position[w] = static_cast<float>(row);  // relative to the first: exact however long the sequence is
     slope[w] = a.alibi_slopes ? a.alibi_slopes[head] : 0.0f;
     const float* from = a.queries + row * a.query_stride + head * d;
     for (int64_t i = 0; i < d; ++i) {
@@ -386,11 +387,11 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
     Float change[2];
     for (int v = 0; v < 2; ++v) {
       const Float at = Isa::load(position + v * L);
-      const Float first = a.window ? Isa::subtract(at, Isa::splat(static_cast<float>(a.window - 1))) : Isa::splat(0.0f);
+      const Float first = Isa::subtract(at, Isa::splat(a.window ? static_cast<float>(a.window - 1) : 1e30f));
       Float now = largest[v];
       for (int64_t t = 0; t < count; ++t) {
         Float s = Isa::load(p + t * W + v * L);
-        const Float key_at = Isa::splat(static_cast<float>(start + t));
+        const Float key_at = Isa::splat(static_cast<float>(start + t - a.first_position));
         if (a.softcap != 0.0f)
           s = Isa::multiply(Isa::splat(a.softcap), hyperbolic_tangent<Isa>(Isa::divide(s, Isa::splat(a.softcap))));
         if (a.alibi_slopes) s = Isa::multiply_add(Isa::load(slope + v * L), Isa::subtract(key_at, at), s);
@@ -546,7 +547,7 @@ template <class Isa>
 void attend(const AttentionProduct& a) {
   constexpr int64_t W = 2 * Isa::kLanes;
   const int64_t queries = a.rows * a.heads;
-  if (a.rows == 1 || 2 * queries < W) {
+  if (2 * queries < W) {
     for (int64_t row = 0; row < a.rows; ++row) attend_row<Isa>(a, row);
   } else {
     for (int64_t first = 0; first < queries; first += W)
@@ -575,7 +576,7 @@ int64_t dot(int64_t steps) {
   constexpr int kChains = 12;
   const uint8_t ones[Isa::kLanes * kStepInputs] = {1};
   const int8_t four[kStepInputs] = {1};
-  const auto codes = Isa::load_bytes(ones);
+  auto codes = Isa::load_bytes(ones);
   const auto step = Isa::load_step(four);
   typename Isa::Int sum[kChains];
   typename Isa::Float total = Isa::splat(0.0f);
@@ -584,7 +585,10 @@ int64_t dot(int64_t steps) {
   for (int j = 0; j < kChains; ++j) sum[j] = Isa::splat_int(0);
   for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 16
-    for (int j = 0; j < kChains; ++j) Isa::template dot<false>(sum[j], codes, step);
+    for (int j = 0; j < kChains; ++j) {
+      Isa::hide(codes);  // from the compiler, which would take what is the same each time out of the loop
+      Isa::template dot<false>(sum[j], codes, step);
+    }
   }
 #pragma GCC unroll 16
   for (int j = 0; j < kChains; ++j) total = Isa::add(total, Isa::to_float(sum[j]));

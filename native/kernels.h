@@ -8,7 +8,7 @@
 //   scales: 32 × bfloat16     one for each channel
 //
 // A step is four inputs: what one lane of vpdpbusd or sdot adds up. steps = group_size / 4, rounded up; inputs past the
-// group and channels past n have the code 0 and the scale 0. So a matrix is one stream of bytes, read front to back.
+// group and channels past n have the code 0, channels past n the scale 0. So a matrix is one stream of bytes, read front to back.
 //
 // Activations lie in tiles of up to Kernels::rows rows: byte (s·r + i)·4 + j of a tile of r rows is input 4·s + j of its
 // row i. Steps count through all groups.
@@ -19,6 +19,10 @@
 
 #include <cstdint>
 
+// In every target's file these are compiled for its instructions: they must not become functions that the linker could
+// share between files.
+#define FPTQ_INLINE [[gnu::always_inline]] inline
+
 namespace fptq {
 
 constexpr int kPanelChannels = 32;
@@ -27,21 +31,22 @@ constexpr int kScaleBytes = kPanelChannels * 2;
 
 enum class WeightType : int { int4 = 4, int8 = 8 };
 
-// The shape of packed weights. Sums stay in int32: |Σ| <= 255·128·group_size < 2^31 up to group_size 65,536.
+// The shape of packed weights. Sums stay in int32: |Σ| <= 255·128·group_size < 2^31 up to group_size 65,536 (int8), and
+// 15·128·group_size up to 2^20 (int4).
 struct Shape {
   int64_t n;
   int64_t k;
   int64_t group_size;
   WeightType type;
 
-  int64_t groups() const { return k / group_size; }
-  int64_t panels() const { return (n + kPanelChannels - 1) / kPanelChannels; }
-  int64_t group_steps() const { return (group_size + kStepInputs - 1) / kStepInputs; }
-  int64_t step_bytes() const { return type == WeightType::int4 ? 64 : 128; }
-  int64_t group_bytes() const { return group_steps() * step_bytes() + kScaleBytes; }
-  int64_t panel_bytes() const { return groups() * group_bytes(); }
-  int64_t bytes() const { return panels() * panel_bytes(); }
-  int offset() const { return type == WeightType::int4 ? 8 : 128; }
+  FPTQ_INLINE int64_t groups() const { return k / group_size; }
+  FPTQ_INLINE int64_t panels() const { return (n + kPanelChannels - 1) / kPanelChannels; }
+  FPTQ_INLINE int64_t group_steps() const { return (group_size + kStepInputs - 1) / kStepInputs; }
+  FPTQ_INLINE int64_t step_bytes() const { return type == WeightType::int4 ? 64 : 128; }
+  FPTQ_INLINE int64_t group_bytes() const { return group_steps() * step_bytes() + kScaleBytes; }
+  FPTQ_INLINE int64_t panel_bytes() const { return groups() * group_bytes(); }
+  FPTQ_INLINE int64_t bytes() const { return panels() * panel_bytes(); }
+  FPTQ_INLINE int offset() const { return type == WeightType::int4 ? 8 : 128; }
 };
 
 // What a panel's codes are when a tile is multiplied.
@@ -57,7 +62,7 @@ struct PanelProduct {
   const uint8_t* scales;        // first group's scales
   int64_t codes_stride;         // bytes from one group to the next
   int64_t scales_stride;
-  const uint8_t* next_panel;    // packed codes that will be needed next, scales_stride bytes a group
+  const uint8_t* next_panel;    // only prefetched, may point outside: what comes next, scales_stride bytes a group
   int64_t groups;
   int64_t steps;                // of a group
   Source source;
@@ -76,7 +81,9 @@ struct PanelProduct {
 };
 
 // Rows of tile `tile` when `rows` rows are spread over `tiles` tiles: as evenly as can be, larger ones first.
-constexpr int64_t tile_rows(int64_t rows, int64_t tiles, int64_t tile) { return rows / tiles + (tile < rows % tiles); }
+FPTQ_INLINE constexpr int64_t tile_rows(int64_t rows, int64_t tiles, int64_t tile) {
+  return rows / tiles + (tile < rows % tiles);
+}
 
 struct Norm {
   const float* weight;  // [k]
@@ -93,8 +100,9 @@ struct AttentionProduct {
   int64_t rows;
   int64_t heads;                // query heads that share the key/value head
   int64_t head_dim;
-  const int8_t* const* key_pages;    // [pages] this head's codes [page_tokens, head_dim], row stride token_stride
+  const int8_t* const* key_pages;    // [pages]: row t of a page at t·token_stride + head_offset
   const int8_t* const* value_pages;
+  int64_t head_offset;
   int64_t page_tokens;
   int64_t token_stride;
   float key_scale;
@@ -119,7 +127,8 @@ struct Kernels {
   void (*unpack)(const uint8_t* codes, int64_t codes_stride, int64_t groups, int64_t steps, uint8_t* bytes);
   void (*multiply)(const PanelProduct& product);
 
-  // codes[i] = round(x[i] / scale), to the even one if halfway, in -128..127. Returns whether no x is NaN.
+  // codes[i] = round(x[i] / scale), to the even one if halfway, in -128..127. Returns whether no x is NaN; the code of a
+  // NaN means nothing.
   bool (*quantize)(const float* x, int64_t k, float scale, int8_t* codes);
   // The same with the scale max|x| / 127, which it returns: 1 for a row of zeros, NaN if an x isn't finite.
   float (*quantize_dynamic)(const float* x, int64_t k, int8_t* codes);

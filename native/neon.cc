@@ -33,6 +33,7 @@ struct Isa {
   }
   static Int splat_int(int32_t x) { return vdupq_n_s32(x); }
   static Int combine(Int a, Codes b) { return veorq_s32(a, vreinterpretq_s32_u8(b)); }
+  static void hide(Codes& codes) { asm volatile("" : "+w"(codes)); }
   template <bool kWide>
   static void dot(Int& sum, Codes codes, Step step) {
     if constexpr (kWide) codes = veorq_u8(codes, vdupq_n_u8(128));

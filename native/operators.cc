@@ -21,16 +21,19 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Runs function(row, thread) for all rows, in pieces of at least kWorthAThread numbers.
 template <class Function>
 void for_rows(int64_t m, int64_t k, Workspace& workspace, const Function& function) {
-  const int64_t together = std::max(divide_up(kWorthAThread, std::max<int64_t>(k, 1)), divide_up(m, 8 * workspace.pool.threads()));
+  const int64_t pieces = 8 * workspace.pool.threads();
+  const int64_t together = std::max(divide_up(kWorthAThread, std::max<int64_t>(k, 1)), divide_up(m, pieces));
   workspace.pool.run(divide_up(m, together), [&](int64_t i, int thread) {
     for (int64_t row = i * together; row < std::min(m, (i + 1) * together); ++row) function(row, thread);
   });
 }
 
-// Quantizes a row, statically where `scale` is above 0, and returns its scale, NaN if it can't be quantized.
-float quantize_row(const Kernels& kernels, const float* x, int64_t k, float scale, int8_t* codes) {
-  if (!(scale > 0)) return kernels.quantize_dynamic(x, k, codes);
-  return kernels.quantize(x, k, scale, codes) ? scale : std::numeric_limits<float>::quiet_NaN();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// Quantizes a row and returns its scale, NaN if it can't be quantized.
+float quantize_row(const Kernels& kernels, const float* x, int64_t k, std::optional<float> scale, int8_t* codes) {
+  if (!scale) return kernels.quantize_dynamic(x, k, codes);
+  return kernels.quantize(x, k, *scale, codes) ? *scale : kNan;
 }
 
 // The product, with rows that prepare(first row, rows, tile, corrections, scales, thread) brings into a tile.
@@ -61,7 +64,7 @@ void multiply_prepared(const Kernels& kernels, const Shape& shape, const uint8_t
     const int64_t panels_together = std::max<int64_t>(1, panels / (threads * 8));
     workspace.pool.run(divide_up(panels, panels_together), [&](int64_t i, int thread) {
       uint8_t* bytes = nullptr;
-      if (unpack) bytes = workspace.threads[thread].reserve_array<uint8_t>(groups_together * bytes_of_group);
+      if (unpack) bytes = workspace.scratch[thread].reserve_array<uint8_t>(groups_together * bytes_of_group);
       const int64_t end = std::min(panels, (i + 1) * panels_together);
       for (int64_t first = 0; first < groups; first += groups_together) {
         for (int64_t panel = i * panels_together; panel < end; ++panel) {
@@ -156,10 +159,10 @@ void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* packed,
   multiply_prepared(kernels, shape, packed, m, prepare, bias, y, workspace);
 }
 
-void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const float* x, float scale,
+void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const float* x, std::optional<float> scale,
             const float* bias, float* y, Workspace& workspace) {
   const auto prepare = [&](int64_t first, int64_t rows, int8_t* tile, int32_t* corrections, float* scales, int thread) {
-    auto* const codes = workspace.threads[thread].reserve_array<int8_t>(rows * shape.k);
+    auto* const codes = workspace.scratch[thread].reserve_array<int8_t>(rows * shape.k);
     for (int64_t r = 0; r < rows; ++r)
       scales[r] = quantize_row(kernels, x + (first + r) * shape.k, shape.k, scale, codes + r * shape.k);
     kernels.pack_tile(shape, rows, codes, tile, corrections);
@@ -167,8 +170,8 @@ void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, i
   multiply_prepared(kernels, shape, packed, m, prepare, bias, y, workspace);
 }
 
-void quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, float scale, int8_t* codes, float* scales,
-              Workspace& workspace) {
+void quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, std::optional<float> scale, int8_t* codes,
+              float* scales, Workspace& workspace) {
   for_rows(m, k, workspace, [&](int64_t row, int) {
     scales[row] = quantize_row(kernels, x + row * k, k, scale, codes + row * k);
   });
@@ -179,16 +182,15 @@ void normalize(const Kernels& kernels, const float* x, int64_t m, int64_t k, con
   for_rows(m, k, workspace, [&](int64_t row, int) { kernels.normalize(x + row * k, k, norm, out + row * k); });
 }
 
-void normalize_quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, const Norm& norm, float scale,
-                        int8_t* codes, float* scales, Workspace& workspace) {
+void normalize_quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, const Norm& norm,
+                        std::optional<float> scale, int8_t* codes, float* scales, Workspace& workspace) {
   for_rows(m, k, workspace, [&](int64_t row, int thread) {
     const float* from = x + row * k;
     int8_t* to = codes + row * k;
-    if (scale > 0) {
-      const bool sound = kernels.normalize_quantize(from, k, norm, scale, to);
-      scales[row] = sound ? scale : std::numeric_limits<float>::quiet_NaN();
+    if (scale) {
+      scales[row] = kernels.normalize_quantize(from, k, norm, *scale, to) ? *scale : kNan;
     } else {
-      float* y = workspace.threads[thread].reserve_array<float>(k);
+      float* y = workspace.scratch[thread].reserve_array<float>(k);
       kernels.normalize(from, k, norm, y);
       scales[row] = kernels.quantize_dynamic(y, k, to);
     }
@@ -196,17 +198,15 @@ void normalize_quantize(const Kernels& kernels, const float* x, int64_t m, int64
 }
 
 void attend(const Kernels& kernels, const Attention& a, Workspace& workspace) {
+  if (a.m == 0) return;
   const int64_t shared = a.heads / a.kv_heads;
-  // As many rows as fill the lanes, if there are.
-  const int64_t rows_together = std::max<int64_t>(1, kernels.query_lanes / shared);
+  // As many rows as fill the lanes once, or four times where many heads share a key and once would leave lanes empty.
+  const int64_t lanes = kernels.query_lanes;
+  const int64_t rows_together = std::max<int64_t>(1, (2 * shared > lanes ? 4 * lanes : lanes) / shared);
   const int64_t blocks = divide_up(a.m, rows_together);
-  const int64_t pages = divide_up(a.first_position + a.m, a.page_tokens);
   workspace.pool.run(a.kv_heads * blocks, [&](int64_t i, int thread) {
     // Late rows see most keys: they go first, so that the threads end together.
     const int64_t block = blocks - 1 - i / a.kv_heads, kv_head = i % a.kv_heads, first = block * rows_together;
-    std::vector<const int8_t*> keys(a.key_pages, a.key_pages + pages), values(a.value_pages, a.value_pages + pages);
-    for (auto& page : keys) page += kv_head * a.head_dim;
-    for (auto& page : values) page += kv_head * a.head_dim;
     AttentionProduct p{};
     p.query_stride = a.heads * a.head_dim;
     p.queries = a.queries + first * p.query_stride + kv_head * shared * a.head_dim;
@@ -214,8 +214,9 @@ void attend(const Kernels& kernels, const Attention& a, Workspace& workspace) {
     p.rows = std::min(rows_together, a.m - first);
     p.heads = shared;
     p.head_dim = a.head_dim;
-    p.key_pages = keys.data();
-    p.value_pages = values.data();
+    p.key_pages = a.key_pages;
+    p.value_pages = a.value_pages;
+    p.head_offset = kv_head * a.head_dim;
     p.page_tokens = a.page_tokens;
     p.token_stride = a.kv_heads * a.head_dim;
     p.key_scale = a.key_scale;
@@ -225,12 +226,13 @@ void attend(const Kernels& kernels, const Attention& a, Workspace& workspace) {
     p.first_position = a.first_position + first;
     p.window = a.window;
     p.alibi_slopes = a.alibi_slopes ? a.alibi_slopes + kv_head * shared : nullptr;
-    p.scratch = workspace.threads[thread].reserve_array<float>(kernels.attention_scratch(shared, a.head_dim));
+    p.scratch = workspace.scratch[thread].reserve_array<float>(kernels.attention_scratch(shared, a.head_dim));
     kernels.attend(p);
   });
 }
 
 void measure_read(const Kernels& kernels, const uint8_t* data, int64_t bytes, Workspace& workspace) {
+  if (bytes <= 0) return;
   constexpr int64_t kPieces = 64, kLine = 256;
   const int64_t piece = divide_up(divide_up(bytes, kPieces), kLine) * kLine;
   workspace.pool.run(divide_up(bytes, piece), [&](int64_t i, int) {

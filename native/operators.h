@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "kernels.h"
@@ -31,12 +32,12 @@ class Buffer {
 
 // Threads and the memory they work in: for one caller at a time, see Pool::lock.
 struct Workspace {
-  explicit Workspace(int threads) : pool(threads), threads(threads) {}
+  explicit Workspace(int threads) : pool(threads), scratch(threads) {}
   Pool pool;
   Buffer activations;
   Buffer corrections;
   Buffer scales;
-  std::vector<Buffer> threads;  // scratch of each
+  std::vector<Buffer> scratch;  // of each thread
 };
 
 // Writes codes int8 [n, k] and scales float32 [n, groups] in the layout of kernels.h to `packed`, shape.bytes() long.
@@ -48,21 +49,21 @@ void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* packed,
               const float* activation_scales, const float* bias, float* y, Workspace& workspace);
 
 // `quantize`, then `multiply`: float inputs x [m, k].
-void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const float* x, float scale,
+void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const float* x, std::optional<float> scale,
             const float* bias, float* y, Workspace& workspace);
 
-// Codes [m, k] and a scale for each row. Static where `scale` is above 0: then every row's scale is `scale`; otherwise
-// max|x| / 127. A row that can't be quantized, since it holds a NaN (or, dynamically, an infinity), gets the scale NaN.
-void quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, float scale, int8_t* codes, float* scales,
-              Workspace& workspace);
+// Codes [m, k] and a scale for each row: `scale` (static), or without it max|x| / 127 of the row (dynamic). A row that
+// can't be quantized, since it holds a NaN (or, dynamically, an infinity), gets the scale NaN.
+void quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, std::optional<float> scale, int8_t* codes,
+              float* scales, Workspace& workspace);
 
 // Normalized rows as floats.
 void normalize(const Kernels& kernels, const float* x, int64_t m, int64_t k, const Norm& norm, float* out,
                Workspace& workspace);
 
 // Normalized rows, quantized as by `quantize`.
-void normalize_quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, const Norm& norm, float scale,
-                        int8_t* codes, float* scales, Workspace& workspace);
+void normalize_quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, const Norm& norm,
+                        std::optional<float> scale, int8_t* codes, float* scales, Workspace& workspace);
 
 // Attention of m consecutive queries [m, heads, head_dim] of one sequence over an int8 cache.
 struct Attention {
@@ -85,7 +86,7 @@ struct Attention {
 };
 void attend(const Kernels& kernels, const Attention& attention, Workspace& workspace);
 
-// Reads all bytes with all threads, for measuring the memory.
+// Reads all bytes (but for up to 255 at the end) with all threads, for measuring the memory.
 void measure_read(const Kernels& kernels, const uint8_t* data, int64_t bytes, Workspace& workspace);
 
 // Runs dot instructions on all threads, `steps` rounds on each, and returns how many operations that were.

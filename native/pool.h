@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -19,7 +20,8 @@ class Pool {
   int threads() const { return threads_; }
 
   // Calls task(0..tasks-1), each once, on all threads, the calling one among them, and returns when all are done.
-  // Tasks are handed out one by one in ascending order. task(index, thread): thread counts from 0.
+  // Tasks are handed out one by one in ascending order. task(index, thread): thread counts from 0. After an exception no
+  // more tasks are begun, and it is thrown here.
   template <class Task>
   void run(int64_t tasks, const Task& task) {
     if (tasks <= 0) return;
@@ -30,8 +32,11 @@ class Pool {
     run_all(tasks, [](const void* t, int64_t i, int thread) { (*static_cast<const Task*>(t))(i, thread); }, &task);
   }
 
-  // To be held around every use of the pool. Starts the threads anew in a process that was forked.
-  std::unique_lock<std::mutex> lock();
+  // Starts the threads anew in a process that was forked. Before `lock`, by one thread at a time.
+  void revive();
+
+  // To be held around every use of the pool.
+  std::unique_lock<std::mutex> lock() { return std::unique_lock(mutex_); }
 
  private:
   using Call = void (*)(const void*, int64_t, int);
@@ -39,15 +44,18 @@ class Pool {
   void take_tasks(int thread);
   void work(int thread);
   void start();
+  void stop();
 
   const int threads_;
   std::mutex mutex_;
   std::vector<std::thread> workers_;
-  // A round is one run. Workers join it while it is open; who doesn't wake up in time isn't waited for. So a run takes no
-  // longer than on one thread, even if others' threads occupy the CPUs. Bits: see pool.cc.
-  std::atomic<uint32_t> state_;
-  std::atomic<int64_t> next_{0};  // task
+  // A round is one run. Workers join it while it is open; who doesn't wake up in time, because others' threads occupy the
+  // CPUs, isn't waited for. Bits: see pool.cc. Apart from `next_`, since waiting workers look at it all the time.
+  alignas(64) std::atomic<uint32_t> state_;
   std::atomic<bool> stop_{false};
+  alignas(64) std::atomic<int64_t> next_{0};  // task
+  std::exception_ptr failure_;                // of a task; written under failure_mutex_
+  std::mutex failure_mutex_;
   int64_t tasks_ = 0;
   Call call_ = nullptr;
   const void* task_ = nullptr;

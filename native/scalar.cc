@@ -35,6 +35,7 @@ struct Isa {
     __builtin_memcpy(&bits, b.at, kStepInputs);
     return a ^ bits;
   }
+  static void hide(Codes& codes) { asm volatile("" : "+m"(codes)); }
   template <bool kWide>
   static void dot(Int& sum, Codes codes, Step step) {
     for (int j = 0; j < kStepInputs; ++j) sum += codes.at[j] * step.at[j];

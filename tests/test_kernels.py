@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -232,6 +233,8 @@ def test_norms(kernels: Kernels, k: int, kind: str) -> None:
     x = (rng.normal(size=(5, k)) * 3 + 1).astype(np.float32)
     x[1] *= 1e4
     x[2] = 0
+    x[3] = 1 + 1e-3 * rng.normal(size=k)  # as small as the root of eps, around a mean
+    x[4] = 1e-3 * rng.normal(size=k)
     weight = rng.normal(size=k).astype(np.float32)
     bias = rng.normal(size=k).astype(np.float32) if kind == "layer with bias" else None
     center = kind != "rms"
@@ -254,6 +257,23 @@ def test_norms(kernels: Kernels, k: int, kind: str) -> None:
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("fault", ["eps", "weight", "bias"])
+def test_norms_planted_faults(native: Kernels, fault: str) -> None:
+    """Seen by far, where the bound of `test_norms` is that of the whole row's roundings."""
+    rng = np.random.default_rng(0)
+    x = (1e-3 * rng.normal(size=(4, 64))).astype(np.float32)
+    weight, bias, eps = np.ones(64, np.float32), np.zeros(64, np.float32), 1e-5
+    right = reference.normalize(x, weight, bias, eps, True)
+    np.testing.assert_allclose(native.layer_norm(x, weight, bias, eps), right, rtol=1e-5, atol=1e-6)
+    if fault == "eps":
+        eps *= 1.01
+    elif fault == "weight":
+        weight[63] += 1e-3
+    else:
+        bias[63] += 1e-3
+    assert np.abs(native.layer_norm(x, weight, bias, eps) - right).max() > 1e-4
+
+
 ATTENTION = [
     {},
     {"window": 5},
@@ -265,15 +285,31 @@ ATTENTION = [
 
 
 @pytest.mark.parametrize("options", ATTENTION, ids=str)
-@pytest.mark.parametrize("head_dim", [8, 20, 64, 128])
+@pytest.mark.parametrize(("head_dim", "page_tokens"), [(8, 48), (7, 300), (33, 65), (64, 1), (64, 300), (128, 16)])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (8, 1), (40, 1)])
 @pytest.mark.parametrize(("m", "before"), [(1, 0), (1, 130), (3, 64), (17, 0), (70, 0), (40, 77)])
 def test_attention(
-    native: Kernels, options: dict, head_dim: int, heads: int, kv_heads: int, m: int, before: int
+    native: Kernels, options: dict, head_dim: int, page_tokens: int, heads: int, kv_heads: int, m: int, before: int
 ) -> None:
+    got, wanted, bound = attention_case(native, options, head_dim, page_tokens, heads, kv_heads, m, before)
+    assert (np.abs(got - wanted) <= bound).all()
+
+
+def attention_case(
+    kernels: Kernels,
+    options: dict,
+    head_dim: int,
+    page_tokens: int,
+    heads: int,
+    kv_heads: int,
+    m: int,
+    before: int,
+    **planted: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the kernel's result, with the `planted` arguments changed for it alone, the reference's, and the bound."""
     options = dict(options)
     rng = np.random.default_rng([heads, head_dim, m, before])
-    page_tokens, positions = 48, m + before
+    positions = m + before
     count = -(-positions // page_tokens)
     pages = rng.permutation(count + 2)[:count]
     keys = rng.integers(-128, 128, (count + 2, page_tokens, kv_heads, head_dim)).astype(np.int8)
@@ -288,17 +324,51 @@ def test_attention(
         "alibi_slopes": slopes,
         **options,
     }
-    got = native.attention(queries, keys, values, pages=pages, **arguments)
-    flat = (cache[pages].reshape(-1, kv_heads, head_dim) for cache in (keys, values))
-    wanted = reference.attention(queries, *flat, **arguments)
+    got = kernels.attention(queries, keys, values, pages=pages, **{**arguments, **planted})
+    flat_keys, flat_values = (cache[pages].reshape(-1, kv_heads, head_dim) for cache in (keys, values))
+    wanted = reference.attention(queries, flat_keys, flat_values, **arguments)
     # A score errs by head_dim + 4 roundings of Σ|q·k| (and of the ALiBi term), which becomes a relative error of the
     # weight; exp adds 2^-22, the sums over positions their roundings.
-    terms = np.abs(queries).sum(axis=2) * 128 * arguments["key_scale"] * arguments["softmax_scale"]
+    shared = np.repeat(np.abs(flat_keys[:positions].astype(np.float64)), heads // kv_heads, axis=1)
+    terms = np.einsum("mhd,thd->mht", np.abs(queries), shared).max(axis=-1)
+    terms *= arguments["key_scale"] * arguments["softmax_scale"]
     slope = 0 if slopes is None else slopes * positions
     score_error = EPS * ((head_dim + 4) * terms + 4 * slope + (8 * options["softcap"] if "softcap" in options else 0))
     relative = 2 * (score_error + 2.0**-21 + (positions + 8) * EPS)
-    largest_value = 128 * arguments["value_scale"]
-    assert (np.abs(got - wanted) <= relative[..., None] * largest_value).all()
+    return got, wanted, relative[..., None] * 128 * arguments["value_scale"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("key_scale", 0.0201),
+        ("value_scale", 0.0501),
+        ("softmax_scale", 0.1255),
+        ("window", 34),
+        ("softcap", 20.5),
+        ("first_position", 76),
+        ("alibi_slopes", np.full(6, 0.2, np.float32)),
+    ],
+)
+@pytest.mark.parametrize("m", [1, 40])
+def test_attention_planted_faults(native: Kernels, name: str, value: object, m: int) -> None:
+    options = {"alibi": True, "window": 33, "softcap": 20.0}
+    got, wanted, bound = attention_case(native, options, 64, 48, 6, 2, m, 77, **{name: value})
+    assert (np.abs(got - wanted) > bound).any()
+
+
+def test_windows_far_from_the_beginning(native: Kernels) -> None:
+    """Positions that float32 doesn't hold: prefill and decoding see the same window of three."""
+    before = 2**24 + 1
+    rng = np.random.default_rng(0)
+    cache = rng.integers(-128, 128, (1, 64, 1, 8)).astype(np.int8)
+    pages = np.zeros((before + 40) // 64 + 1, np.int64)  # one page again and again
+    queries = rng.normal(size=(40, 1, 8)).astype(np.float32)
+    options = {"key_scale": 0.02, "value_scale": 0.05, "softmax_scale": 0.3, "window": 3, "pages": pages}
+    together = native.attention(queries, cache, cache, first_position=before, **options)
+    for i in range(40):
+        alone = native.attention(queries[i : i + 1], cache, cache, first_position=before + i, **options)
+        np.testing.assert_allclose(together[i], alone[0], rtol=1e-5, atol=1e-5)
 
 
 def test_attention_one_by_one_equals_all_at_once(kernels: Kernels) -> None:
@@ -331,6 +401,10 @@ def test_wrong_operands_raise(kernels: Kernels) -> None:
         lambda: kernels.pack(codes, scales * np.float32(np.inf)),
         lambda: kernels.pack(codes, scales, bits=3),
         lambda: Weights(weights.data[:-1], 8, 64, 32, 4),
+        lambda: Weights(weights.data, 8, 68, 32, 4),
+        lambda: Weights(weights.data, 8, 64, 32, 2),
+        lambda: Weights(weights.data, 8, 64, 0, 4),
+        lambda: Weights(weights.data[:0], 0, 64, 32, 4),
         lambda: kernels.matmul(weights, a[:, :63], ones),
         lambda: kernels.matmul(weights, x, ones),
         lambda: kernels.matmul(weights, a, ones[:1]),
@@ -340,6 +414,7 @@ def test_wrong_operands_raise(kernels: Kernels) -> None:
         lambda: kernels.linear(weights, x, float("nan")),
         lambda: kernels.linear(weights, x[0], None),
         lambda: kernels.quantize(x, -1.0),
+        lambda: kernels.quantize(x[:, :0], None),
         lambda: kernels.rms_norm(x, np.ones(63, np.float32), 1e-6),
         lambda: kernels.rms_norm(x, np.ones(64, np.float32), -1.0),
         lambda: kernels.rms_norm(x[:, :0], np.ones(0, np.float32), 1e-6),
@@ -358,6 +433,9 @@ def test_wrong_operands_raise(kernels: Kernels) -> None:
         {"alibi_slopes": np.zeros(3, np.float32)},
         {"keys": cache[:, :, :, :8]},
         {"keys": np.zeros((3, 8, 3, 16), np.int8), "values": np.zeros((3, 8, 3, 16), np.int8)},
+        {"keys": np.zeros((3, 8, 0, 16), np.int8), "values": np.zeros((3, 8, 0, 16), np.int8)},
+        {"keys": np.zeros((3, 0, 2, 16), np.int8), "values": np.zeros((3, 0, 2, 16), np.int8), "queries": queries[:0]},
+        {"queries": queries[:, :0]},
     ):
         with pytest.raises(KernelError):
             kernels.attention(**{"queries": queries, "keys": cache, "values": cache, **scales_of, **changed})
@@ -427,6 +505,58 @@ def test_fork(kernels: Kernels) -> None:
     np.testing.assert_array_equal(kernels.linear(weights, x, None), wanted)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("target", NATIVE[:1])
+def test_fork_and_several_threads(target: str) -> None:
+    kernels = Kernels(target=target, threads=3)
+    x = np.random.default_rng(0).normal(size=(200, 512)).astype(np.float32)
+    wanted = kernels.quantize(x, None)[0]
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            same: list[bool] = []
+            work = partial(lambda same: same.append(np.array_equal(kernels.quantize(x, None)[0], wanted)), same)
+            workers = [threading.Thread(target=work) for _ in range(4)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join(20)
+            os._exit(0 if same == [True] * 4 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("target", NATIVE[:1])
+def test_pools_come_and_go(target: str) -> None:
+    """Destroyed right after use, while workers still spin or go to sleep."""
+    x = np.ones((64, 1024), np.float32)
+    for i in range(300):
+        kernels = Kernels(target=target, threads=2 + i % 3)
+        if i % 2:
+            kernels.quantize(x, None)
+
+
+@pytest.mark.parametrize("target", NATIVE)
+def test_ceilings_count_operations(target: str) -> None:
+    one, two = Kernels(target=target, threads=1), Kernels(target=target, threads=2)
+    assert two.measure_dot(2000) == 4 * one.measure_dot(1000) > 0
+    two.measure_read(np.zeros(0, np.uint8))
+    two.measure_read(np.ones(12345, np.uint8))
+
+
+def test_more_threads_than_the_system_has() -> None:
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
+        "from fptq.errors import KernelError; from fptq.runtime.kernels import Kernels\n"
+        "try: Kernels(threads=1000)\n"
+        "except KernelError as error: assert 'the system' in str(error), error\n"
+        "else: raise SystemExit(2)"
+    )
+    if not NATIVE or not sys.platform.startswith("linux"):
+        pytest.skip("needs native kernels and limits of Linux")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode in (0, 2), result.stderr  # 2: a system that gives them all the same
+
+
 def test_threads_end_with_their_kernels() -> None:
     code = (
         "import os, gc; from fptq.runtime.kernels import Kernels; count = lambda: len(os.listdir('/proc/self/task'));"
@@ -438,8 +568,8 @@ def test_threads_end_with_their_kernels() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("threads", [0, -1, 5000])
-def test_number_of_threads(threads: int) -> None:
+@pytest.mark.parametrize("threads", [0, -1, 5000, 1.5])
+def test_number_of_threads(threads: float) -> None:
     with pytest.raises(KernelError, match="threads"):
         Kernels(threads=threads)
 

@@ -36,6 +36,20 @@ def test_sanitizers(tmp_path: Path, sanitizers: str) -> None:
     assert "scalar: right" in run(build(tmp_path, f"-DFPTQ_SANITIZE={sanitizers}"))
 
 
+def test_targets_share_no_functions(tmp_path: Path) -> None:
+    """A function in several files, compiled for different instructions, is one function for the linker.
+
+    Without optimization nothing is inlined, so every such function shows.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or shutil.which("nm") is None:
+        pytest.skip("looks at x86-64 object files with nm")
+    build(tmp_path, "-DCMAKE_BUILD_TYPE=Debug")
+    files = [tmp_path / "CMakeFiles/fptq_kernels.dir/native" / f"{name}.cc.o" for name in ("avx2", "avx512vnni")]
+    for file in files:
+        weak = [line for line in run("nm", "-C", file).splitlines() if " W " in line]
+        assert weak == []
+
+
 @pytest.fixture(scope="module")
 def arm_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (CROSS / "c++").exists():

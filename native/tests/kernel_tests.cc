@@ -1,10 +1,12 @@
 // Every target of this build against plain loops, for builds that Python can't load: sanitizers, other architectures.
 // tests/test_kernels.py tests the same kernels further; this list is short. Prints one line a target, exits with 1 on a
 // fault. `kernel_tests NAME…` fails unless these targets could run.
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -57,7 +59,8 @@ void test_multiply(const Kernels& kernels, Workspace& workspace, int64_t m, int6
   std::vector<int8_t> codes(n * k);
   Shifted<int8_t> a(m * k, 1);
   for (auto& q : codes) q = static_cast<int8_t>(extreme ? (whole(0, 1) ? top - 1 : -top) : whole(-top, top - 1));
-  for (int64_t i = 0; i < m * k; ++i) a.data[i] = static_cast<int8_t>(extreme ? (whole(0, 1) ? 127 : -128) : whole(-128, 127));
+  for (int64_t i = 0; i < m * k; ++i)
+    a.data[i] = static_cast<int8_t>(extreme ? (whole(0, 1) ? 127 : -128) : whole(-128, 127));
   for (int64_t i = 0; i < size; ++i) codes[i] = 0;
   std::vector<float> scales(n * groups), a_scales(m), bias(n);
   for (auto& s : scales) s = bfloat16(std::exp(uniform(-6, 2)));
@@ -85,6 +88,24 @@ void test_multiply(const Kernels& kernels, Workspace& workspace, int64_t m, int6
   }
 }
 
+// The same numbers as quantizing and multiplying one after the other, and NaN where a row has one.
+void test_linear(const Kernels& kernels, Workspace& workspace, int64_t m, std::optional<float> scale) {
+  const Shape shape{40, 96, 32, WeightType::int4};
+  std::vector<int8_t> codes(shape.n * shape.k), quantized(m * shape.k);
+  for (auto& q : codes) q = static_cast<int8_t>(whole(-8, 7));
+  std::vector<float> scales(shape.n * shape.groups(), 0.5f), rows(m), y(m * shape.n), wanted(m * shape.n);
+  std::vector<uint8_t> packed(shape.bytes());
+  pack(shape, codes.data(), scales.data(), packed.data(), workspace.pool);
+  Shifted<float> x(m * shape.k, 1);
+  for (int64_t i = 0; i < m * shape.k; ++i) x.data[i] = static_cast<float>(uniform(-5, 5));
+  x.data[m * shape.k - 1] = std::nanf("");
+  linear(kernels, shape, packed.data(), m, x.data, scale, nullptr, y.data(), workspace);
+  quantize(kernels, x.data, m, shape.k, scale, quantized.data(), rows.data(), workspace);
+  multiply(kernels, shape, packed.data(), m, quantized.data(), rows.data(), nullptr, wanted.data(), workspace);
+  for (int64_t i = 0; i < m * shape.n; ++i)
+    require(i / shape.n == m - 1 ? std::isnan(y[i]) : y[i] == wanted[i], "linear of " + std::to_string(m) + " rows");
+}
+
 void test_rows(const Kernels& kernels, Workspace& workspace, int64_t m, int64_t k) {
   Shifted<float> x(m * k, 1), y(m * k, 1);
   for (int64_t i = 0; i < m * k; ++i) x.data[i] = static_cast<float>(uniform(-5, 5));
@@ -92,12 +113,12 @@ void test_rows(const Kernels& kernels, Workspace& workspace, int64_t m, int64_t 
   for (auto& w : weight) w = static_cast<float>(uniform(-2, 2));
   for (auto& b : bias) b = static_cast<float>(uniform(-1, 1));
   Shifted<int8_t> codes(m * k, 1), fused(m * k, 1);
-  for (const float scale : {0.05f, 0.0f}) {
+  for (const std::optional<float> scale : {std::optional(0.05f), std::optional<float>()}) {
     quantize(kernels, x.data, m, k, scale, codes.data, scales.data(), workspace);
     for (int64_t r = 0; r < m; ++r) {
       float step = 0;
       for (int64_t i = 0; i < k; ++i) step = std::fmax(step, std::fabs(x.data[r * k + i]));
-      step = scale > 0 ? scale : step / 127;
+      step = scale ? *scale : step / 127;
       require(scales[r] == step, "scale of a row");
       for (int64_t i = 0; i < k; ++i) {
         const float code = std::fmin(127.0f, std::fmax(-128.0f, std::nearbyint(x.data[r * k + i] / step)));
@@ -126,8 +147,8 @@ void test_rows(const Kernels& kernels, Workspace& workspace, int64_t m, int64_t 
 }
 
 void test_attention(const Kernels& kernels, Workspace& workspace, int64_t m, int64_t before, int64_t heads,
-                    int64_t kv_heads, int64_t d, int64_t window, float softcap, bool alibi) {
-  const int64_t page_tokens = 24, positions = before + m, pages = (positions + page_tokens - 1) / page_tokens;
+                    int64_t kv_heads, int64_t d, int64_t page_tokens, int64_t window, float softcap, bool alibi) {
+  const int64_t positions = before + m, pages = (positions + page_tokens - 1) / page_tokens;
   std::vector<std::vector<int8_t>> caches(2 * pages, std::vector<int8_t>(page_tokens * kv_heads * d));
   std::vector<const int8_t*> keys, values;
   for (auto& cache : caches) {
@@ -193,11 +214,28 @@ void test_target(const Kernels& kernels) {
     test_multiply(kernels, workspace, 70, 40, 8192, 128, WeightType::int4, false);
     for (const int64_t k : {1, 15, 64, 577}) test_rows(kernels, workspace, 5, k);
     test_rows(kernels, workspace, 200, 576);
-    for (const int64_t d : {8, 20, 64})
-      for (const int64_t m : {1, 40}) {
-        test_attention(kernels, workspace, m, 0, 6, 2, d, 0, 0, false);
-        test_attention(kernels, workspace, m, 70, 4, 1, d, 30, 5, true);
+    for (const int64_t m : {1, 8, 30, 600})
+      for (const auto scale : {std::optional(0.05f), std::optional<float>()}) test_linear(kernels, workspace, m, scale);
+    for (const int64_t d : {7, 20, 33, 64})
+      for (const int64_t m : {1, 40})
+        for (const int64_t page_tokens : {1, 24, 300}) {
+          test_attention(kernels, workspace, m, 0, 6, 2, d, page_tokens, 0, 0, false);
+          test_attention(kernels, workspace, m, 70, 17, 1, d, page_tokens, 30, 5, true);
+        }
+    // A task that throws: the exception arrives here, and the pool goes on.
+    for (int i = 0; i < 20; ++i) {
+      try {
+        workspace.pool.run(50, [&](int64_t task, int) {
+          if (task == i) throw Fault{"thrown"};
+        });
+        require(false, "an exception of a task was lost");
+      } catch (const Fault& fault) {
+        require(fault.what == "thrown", fault.what);
       }
+      std::atomic<int> done = 0;
+      workspace.pool.run(50, [&](int64_t, int) { ++done; });
+      require(done == 50, "a task was lost");
+    }
     // Several callers of one pool.
     std::vector<std::thread> callers;
     std::vector<float> weight(64, 1.0f), x(64 * 100, 0.5f);

@@ -249,7 +249,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     counts = {"windows": f"windows of {spec.length} tokens", "lambada_examples": "LAMBADA examples"}
     used = [f"{results.settings[key]} {what}" for key, what in counts.items() if key in results.settings]
     print(f"\n± is one standard error; {', '.join(used)}")
-    print(f"kernel {results.settings['kernel']}, {results.settings['threads']} threads")
+    print(f"kernels: {', '.join(results.settings['kernels'])}; {results.settings['threads']} threads")
     if options.json:
         _write_json(options.json, results.to_dict())
 

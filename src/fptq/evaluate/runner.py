@@ -19,7 +19,7 @@ from fptq.evaluate.fidelity import (
     score_windows,
 )
 from fptq.integrations.torch_ops import shared_kernels
-from fptq.integrations.transformers import load, new_cache
+from fptq.integrations.transformers import W4A8Linear, load, new_cache
 from fptq.models.loading import FloatModel
 from fptq.models.text import beginning_of_sequence, hub_text, local_text, read_text
 
@@ -89,8 +89,8 @@ def evaluate(folder: str, reference: str | None, spec: EvaluationSpec, *, progre
     """
     models, tokenizer = open_models({"quantized": folder}, reference)
     scores, counts = score(models, tokenizer, spec, progress=progress)
-    kernels = shared_kernels()
-    ran = {"kernel": kernels.target, "threads": kernels.threads}
+    linears = [module for module in models["quantized"].model.modules() if isinstance(module, W4A8Linear)]
+    ran = {"kernels": sorted({linear.kernel for linear in linears}), "threads": shared_kernels().threads}
     settings = {**asdict(spec), **counts, "checkpoint": folder, "reference": reference, **ran}
     return Evaluation(scores["quantized"], scores.get("reference"), settings)
 

@@ -54,13 +54,19 @@ class W4A8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output [..., out_features] for x [..., in_features], in float32."""
         x = x.float()
-        if self.activation is Activation.NONE or self.target == REFERENCE or x.device.type != "cpu":
+        if self.kernel == REFERENCE:
             rows = x.reshape(-1, self.in_features)
             y = numerics.w4a8_linear(rows, *self._reference(), self.activation, self.input_scale, self.bias)
             return y.reshape(*x.shape[:-1], self.out_features)
         scale = self.input_scale if self.activation is Activation.STATIC else None
         size = self.group_size
         return torch_linear(x, self.packed, self.out_features, size, numerics.WEIGHT_BITS, scale, self.bias)
+
+    @property
+    def kernel(self) -> str:
+        """Return the target that runs this layer, "reference" for the arithmetic of `numerics` in torch."""
+        native = self.activation is not Activation.NONE and self.packed.device.type == "cpu"
+        return self.target if native else REFERENCE
 
     def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return codes and scales as `numerics.w4a8_linear` takes them, made once, where the layer is."""
@@ -76,7 +82,7 @@ class W4A8Linear(nn.Module):
         """Return what print(model) shows."""
         return (
             f"{self.in_features} -> {self.out_features}, int4 groups of {self.group_size}, "
-            f"input {self.activation.value}, kernel {self.target}"
+            f"input {self.activation.value}, kernel {self.kernel}"
         )
 
 

@@ -20,9 +20,9 @@ class Session:
         /,
     ) -> None: ...
     def linear(
-        self, packed: Array, group_size: int, bits: int, x: Array, scale: float, bias: Array | None, y: Array, /
+        self, packed: Array, group_size: int, bits: int, x: Array, scale: float | None, bias: Array | None, y: Array, /
     ) -> None: ...
-    def quantize(self, x: Array, scale: float, codes: Array, scales: Array, /) -> None: ...
+    def quantize(self, x: Array, scale: float | None, codes: Array, scales: Array, /) -> None: ...
     def normalize(
         self, x: Array, weight: Array, bias: Array | None, eps: float, center: bool, out: Array, /
     ) -> None: ...
@@ -33,7 +33,7 @@ class Session:
         bias: Array | None,
         eps: float,
         center: bool,
-        scale: float,
+        scale: float | None,
         codes: Array,
         scales: Array,
         /,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,7 @@ except ImportError as error:
 Array = np.ndarray
 
 REFERENCE = "reference"
+MAX_THREADS = 1024
 MAX_GROUP_SIZE = {4: 2**20, 8: 2**16}
 """The largest groups whose sums stay in int32: 255·128·2^16 < 2^31, and 15·128·2^20 < 2^31."""
 
@@ -90,6 +92,11 @@ class Weights:
     bits: int
 
     def __post_init__(self) -> None:
+        if self.bits not in MAX_GROUP_SIZE or min(self.n, self.k, self.group_size) < 1 or self.k % self.group_size:
+            raise KernelError(
+                f"packed weights [{self.n}, {self.k}] of {self.bits} bits in groups of {self.group_size}: "
+                "needed 4 or 8 bits, at least one channel, and in_features a multiple of the group"
+            )
         size = reference.packed_bytes(self.n, self.k, self.group_size, self.bits)
         _check("packed weights", self.data, np.uint8, (size,))
 
@@ -111,16 +118,18 @@ class _Memory:
 
     def __init__(self) -> None:
         self._rest = np.empty(0, np.uint8)
+        self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> Array:
         """Return uint8 [nbytes], aligned to cache lines, with arbitrary content."""
-        start = -self._rest.ctypes.data % self.ALIGNMENT
-        if start + nbytes > self._rest.size:
-            self._rest = np.empty(max(nbytes, self.PIECE_BYTES) + self.ALIGNMENT, np.uint8)
+        with self._lock:
             start = -self._rest.ctypes.data % self.ALIGNMENT
-        taken = self._rest[start : start + nbytes]
-        self._rest = self._rest[start + nbytes :]
-        return taken
+            if start + nbytes > self._rest.size:
+                self._rest = np.empty(max(nbytes, self.PIECE_BYTES) + self.ALIGNMENT, np.uint8)
+                start = -self._rest.ctypes.data % self.ALIGNMENT
+            taken = self._rest[start : start + nbytes]
+            self._rest = self._rest[start + nbytes :]
+            return taken
 
 
 class Kernels:
@@ -133,15 +142,18 @@ class Kernels:
         target: the instruction set, see `targets`; by default FPTQ_KERNEL, or the fastest.
 
     Raises:
-        KernelError: fewer than one thread, or no such target here.
+        KernelError: no such target here, or so many threads can't be.
     """
 
     def __init__(self, *, threads: int | None = None, target: str | None = None):
-        self.threads = available_cpus() if threads is None else threads
-        if not 1 <= self.threads <= 1024:
-            raise KernelError(f"{threads} threads: needed from 1 to 1024")
+        self.threads = min(available_cpus(), MAX_THREADS) if threads is None else threads
+        if not isinstance(self.threads, int) or not 1 <= self.threads <= MAX_THREADS:
+            raise KernelError(f"{threads} threads: needed from 1 to {MAX_THREADS}")
         self.target, self.reason = choose_target(target)
-        self._session = None if self.target == REFERENCE else _native.Session(self.target, self.threads)
+        try:
+            self._session = None if self.target == REFERENCE else _native.Session(self.target, self.threads)
+        except RuntimeError as cause:
+            raise KernelError(f"{self.threads} threads: the system doesn't start so many ({cause})") from cause
         self._memory = _Memory()
 
     def pack(self, codes: Array, scales: Array, *, bits: int = 4) -> Weights:
@@ -204,11 +216,11 @@ class Kernels:
         """Return `matmul` of float32 x [m, k], quantized as by `quantize`."""
         x = _check("x", x, np.float32, (None, weights.k))
         bias = _check_optional("bias", bias, (weights.n,))
-        scale = _static_scale(input_scale)
+        _check_scale(input_scale)
         if self._session is None:
             return self._reference_matmul(weights, *reference.quantize(x, input_scale), bias)
         y = np.empty((x.shape[0], weights.n), np.float32)
-        self._session.linear(weights.data, weights.group_size, weights.bits, x, scale, bias, y)
+        self._session.linear(weights.data, weights.group_size, weights.bits, x, input_scale, bias, y)
         return y
 
     def _reference_matmul(self, weights: Weights, codes: Array, scales: Array, bias: Array | None) -> Array:
@@ -219,14 +231,17 @@ class Kernels:
         """Return 8-bit codes int8 [m, k] and scales float32 [m] of float32 x [m, k].
 
         With `input_scale` every row's scale is that one (static per-tensor); without, it is max|x| / 127 of the row
-        (dynamic per-token). A row with a NaN (dynamically also an infinity) has the scale NaN, and with it its outputs.
+        (dynamic per-token). A row with a NaN (dynamically also an infinity) has the scale NaN, and with it its outputs;
+        the code of a NaN means nothing.
         """
         x = _check("x", x, np.float32, (None, None))
-        scale = _static_scale(input_scale)
+        _check_scale(input_scale)
+        if not x.shape[1]:
+            raise KernelError("rows without channels can't be quantized")
         if self._session is None:
             return reference.quantize(x, input_scale)
         codes, scales = np.empty(x.shape, np.int8), np.empty(x.shape[0], np.float32)
-        self._session.quantize(x, scale, codes, scales)
+        self._session.quantize(x, input_scale, codes, scales)
         return codes, scales
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
@@ -259,12 +274,12 @@ class Kernels:
         self, x: Array, weight: Array, bias: Array | None, eps: float, center: bool, input_scale: float | None
     ) -> tuple[Array, Array]:
         x, weight, bias = _check_norm(x, weight, bias, eps)
-        scale = _static_scale(input_scale)
+        _check_scale(input_scale)
         if self._session is None:
             y = reference.normalize(x, weight, bias, eps, center).astype(np.float32)
             return reference.quantize(y, input_scale)
         codes, scales = np.empty(x.shape, np.int8), np.empty(x.shape[0], np.float32)
-        self._session.normalize_quantize(x, weight, bias, eps, center, scale, codes, scales)
+        self._session.normalize_quantize(x, weight, bias, eps, center, input_scale, codes, scales)
         return codes, scales
 
     def attention(
@@ -305,8 +320,11 @@ class Kernels:
         table = np.arange(all_pages) if pages is None else pages
         table = _check("pages", table, np.int64, (None,))
         alibi_slopes = _check_optional("alibi_slopes", alibi_slopes, (heads,))
-        if not kv_heads or heads % kv_heads:
-            raise KernelError(f"{heads} query heads over {kv_heads} key/value heads: needed a multiple")
+        if min(heads, head_dim, page_tokens, kv_heads) < 1 or heads % kv_heads:
+            raise KernelError(
+                f"{heads} query heads of {head_dim} channels over {kv_heads} key/value heads in pages of {page_tokens} "
+                "tokens: needed at least one of each, and heads a multiple of key/value heads"
+            )
         if table.size and (table.min() < 0 or table.max() >= all_pages):
             raise KernelError(f"pages from {table.min()} to {table.max()} of {all_pages}")
         if first_position < 0 or window < 0 or softcap < 0:
@@ -381,10 +399,6 @@ def _check_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> tupl
     return x, weight, _check_optional("bias", bias, (x.shape[1],))
 
 
-def _static_scale(input_scale: float | None) -> float:
-    """Return the static scale as native code wants it: 0 for dynamic."""
-    if input_scale is None:
-        return 0.0
-    if not 0 < np.float32(input_scale) < np.inf:
+def _check_scale(input_scale: float | None) -> None:
+    if input_scale is not None and not 0 < np.float32(input_scale) < np.inf:
         raise KernelError(f"input scale {input_scale}: needed a positive finite number, or None for dynamic")
-    return float(input_scale)
