@@ -25,6 +25,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check src tests bench scripts
 	$(BIN)/ruff check src tests bench scripts
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror native/*.cc native/*.h native/tests/*.cc
 	$(BIN)/python -m pytest -n 2
 
 clean:

@@ -78,9 +78,9 @@ struct Isa {
 extern const Kernels kAvx512Vnni, kAvx512VnniZen;
 constinit const Kernels kAvx512Vnni = kernels<Isa>();
 
-// On AMD's Zen, bitwise instructions have ports beside those that multiply: taking nibbles apart in the loop costs nothing
-// there. Intel's cores have two ports for all 512-bit instructions, so that the three more to every sixteen products are
-// worth a pass of unpacking once it serves enough rows.
+// On AMD's Zen, bitwise instructions have ports beside those that multiply: taking nibbles apart in the loop costs
+// nothing there. Intel's cores have two ports for all 512-bit instructions, so that the three more to every sixteen
+// products are worth a pass of unpacking once it serves enough rows.
 constinit const Kernels kAvx512VnniZen = [] {
   Kernels zen = kernels<Isa>();
   zen.name = "avx512vnni-zen";

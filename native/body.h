@@ -6,7 +6,6 @@ inline constexpr int kVectors = kPanelChannels / Isa::kLanes;
 
 constexpr int kPrefetchBytes = 4096;  // ahead in the stream of weights
 
-
 // Weights that are prefetched while a tile is multiplied: an address for each step.
 struct Ahead {
   const uint8_t* first;
@@ -14,8 +13,8 @@ struct Ahead {
   int64_t group_stride;
 };
 
-// With one tile, weights are used as they come from memory: those a little further on. With several, only the first tile
-// waits for memory: every tile prefetches its share of the next panel.
+// With one tile, weights are used as they come from memory: those a little further on. With several, only the first
+// tile waits for memory: every tile prefetches its share of the next panel.
 inline Ahead look_ahead(const PanelProduct& p, int64_t tile) {
   const int64_t step_bytes = p.source == Source::wide ? 128 : 64;
   if (p.tiles == 1) return {p.codes + kPrefetchBytes, step_bytes, p.codes_stride};
@@ -32,8 +31,7 @@ void multiply_tile(const PanelProduct& p, const Ahead& ahead, const int8_t* acti
   using Float = typename Isa::Float;
   Float total[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v)
-      total[r][v] = p.add ? Isa::load(sums + r * stride + v * Isa::kLanes) : Isa::splat(0.0f);
+    for (int v = 0; v < V; ++v) total[r][v] = p.add ? Isa::load(sums + r * stride + v * Isa::kLanes) : Isa::splat(0.0f);
   for (int64_t g = 0; g < p.groups; ++g) {
     const uint8_t* codes = p.codes + g * p.codes_stride;
     const uint8_t* soon = ahead.first + g * ahead.group_stride;
@@ -103,11 +101,11 @@ void multiply(const PanelProduct& p) {
     const auto multiply_some = p.source == Source::nibbles ? multiply_rows<Isa, Source::nibbles>
                                : p.source == Source::bytes ? multiply_rows<Isa, Source::bytes>
                                                            : multiply_rows<Isa, Source::wide>;
-    const int64_t before = row * p.all_groups + p.first_group * rows;  // groups of rows that lie before this tile's first
-    multiply_some(
-        rows, p, look_ahead(p, tile), p.activations + before * p.steps * kStepInputs, p.corrections + before,
-        p.activation_scales ? p.activation_scales + row : nullptr, p.activation_scales && p.bias ? bias : nullptr,
-        whole ? out : edge, whole ? p.sums_stride : kPanelChannels);
+    const int64_t before = row * p.all_groups + p.first_group * rows;  // groups of rows before this tile's first
+    multiply_some(rows, p, look_ahead(p, tile), p.activations + before * p.steps * kStepInputs, p.corrections + before,
+                  p.activation_scales ? p.activation_scales + row : nullptr,
+                  p.activation_scales && p.bias ? bias : nullptr, whole ? out : edge,
+                  whole ? p.sums_stride : kPanelChannels);
     if (!whole)
       for (int64_t r = 0; r < rows; ++r)
         for (int c = 0; c < p.channels; ++c) out[r * p.sums_stride + c] = edge[r * kPanelChannels + c];
@@ -140,7 +138,8 @@ void pack_tile(const Shape& shape, int64_t rows, const int8_t* activations, int8
       const int8_t* row = activations + r * shape.k;
       if (whole < steps)
         for (int64_t j = 0; j < kStepInputs; ++j)
-          tile[(whole * rows + r) * kStepInputs + j] = whole * kStepInputs + j < size ? row[whole * kStepInputs + j] : 0;
+          tile[(whole * rows + r) * kStepInputs + j] =
+              whole * kStepInputs + j < size ? row[whole * kStepInputs + j] : 0;
       int32_t sum = 0;
       for (int64_t i = 0; i < size; ++i) sum += row[i];
       corrections[g * rows + r] = -shape.offset() * sum;
@@ -331,16 +330,16 @@ void load_codes(const int8_t* codes, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = codes[i];
 }
 
-// Attention with the queries in the lanes: two vectors of them at a time. Scores, softmax and outputs need no sum across
-// lanes then. Online softmax over blocks of keys.
+// Attention with the queries in the lanes: two vectors of them at a time. Scores, softmax and outputs need no sum
+// across lanes then. Online softmax over blocks of keys.
 template <class Isa>
 void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t queries) {
   using Float = typename Isa::Float;
   constexpr int L = Isa::kLanes, W = 2 * L, T = Isa::kAttentionTile;
   const int64_t d = a.head_dim;
-  float* const q = a.scratch;        // [d][W]
-  float* const out = q + d * W;      // [d][W]
-  float* const p = out + d * W;      // [kKeyBlock][W]
+  float* const q = a.scratch;             // [d][W]
+  float* const out = q + d * W;           // [d][W]
+  float* const p = out + d * W;           // [kKeyBlock][W]
   float* const rows = p + kKeyBlock * W;  // [kKeyBlock][d]
   float position[W], slope[W];
   int64_t earliest = -1, latest = -1;
@@ -456,12 +455,12 @@ void attend_row(const AttentionProduct& a, int64_t row) {
   using Float = typename Isa::Float;
   constexpr int L = Isa::kLanes;
   const int64_t d = a.head_dim, padded = (d + L - 1) / L * L, heads = a.heads, at = a.first_position + row;
-  float* const q = a.scratch;                 // [heads][padded]
-  float* const out = q + heads * padded;      // [heads][padded]
-  float* const p = out + heads * padded;      // [heads][kKeyBlock]
+  float* const q = a.scratch;                   // [heads][padded]
+  float* const out = q + heads * padded;        // [heads][padded]
+  float* const p = out + heads * padded;        // [heads][kKeyBlock]
   float* const values = p + heads * kKeyBlock;  // [padded]
-  float* const largest = values + padded;     // [heads]
-  float* const total = largest + heads;       // [heads]
+  float* const largest = values + padded;       // [heads]
+  float* const total = largest + heads;         // [heads]
   for (int64_t h = 0; h < heads; ++h) {
     const float* from = a.queries + row * a.query_stride + h * d;
     for (int64_t i = 0; i < padded; ++i) {

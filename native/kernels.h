@@ -8,13 +8,15 @@
 //   scales: 32 × bfloat16     one for each channel
 //
 // A step is four inputs: what one lane of vpdpbusd or sdot adds up. steps = group_size / 4, rounded up; inputs past the
-// group and channels past n have the code 0, channels past n the scale 0. So a matrix is one stream of bytes, read front to back.
+// group and channels past n have the code 0, channels past n the scale 0. So a matrix is one stream of bytes, read
+// front to back.
 //
-// Activations lie in tiles of up to Kernels::rows rows: byte (s·r + i)·4 + j of a tile of r rows is input 4·s + j of its
-// row i. Steps count through all groups.
+// Activations lie in tiles of up to Kernels::rows rows: byte (s·r + i)·4 + j of a tile of r rows is input 4·s + j of
+// its row i. Steps count through all groups.
 //
 // Codes are stored unsigned because vpdpbusd multiplies unsigned with signed bytes. Every group's accumulator starts at
-// -offset·Σ q_a, which the tile carries beside its codes, so that what is added up is Σ q_a·(q_w + offset) - offset·Σ q_a.
+// -offset·Σ q_a, which the tile carries beside its codes, so that what is added up is Σ q_a·(q_w + offset) - offset·Σ
+// q_a.
 #pragma once
 
 #include <cstdint>
@@ -58,26 +60,26 @@ enum class Source {
 
 // One panel times several tiles of rows, over some groups.
 struct PanelProduct {
-  const uint8_t* codes;         // first group's first step
-  const uint8_t* scales;        // first group's scales
-  int64_t codes_stride;         // bytes from one group to the next
+  const uint8_t* codes;   // first group's first step
+  const uint8_t* scales;  // first group's scales
+  int64_t codes_stride;   // bytes from one group to the next
   int64_t scales_stride;
-  const uint8_t* next_panel;    // only prefetched, may point outside: what comes next, scales_stride bytes a group
+  const uint8_t* next_panel;  // only prefetched, may point outside: what comes next, scales_stride bytes a group
   int64_t groups;
-  int64_t steps;                // of a group
+  int64_t steps;  // of a group
   Source source;
-  int64_t first_group;          // within the activations
-  const int8_t* activations;    // first tile
-  const int32_t* corrections;   // [tile][group][row of the tile]: -offset·Σ q_a
-  int64_t all_groups;           // of a tile
-  int64_t rows;                 // of all tiles
+  int64_t first_group;         // within the activations
+  const int8_t* activations;   // first tile
+  const int32_t* corrections;  // [tile][group][row of the tile]: -offset·Σ q_a
+  int64_t all_groups;          // of a tile
+  int64_t rows;                // of all tiles
   int64_t tiles;
   const float* activation_scales;  // [rows], or null: `sums` isn't finished by this call
-  const float* bias;            // [channels] or null
-  float* sums;                  // [rows, 32 channels], row r at r·sums_stride
+  const float* bias;               // [channels] or null
+  float* sums;                     // [rows, 32 channels], row r at r·sums_stride
   int64_t sums_stride;
-  int channels;                 // valid ones of the 32
-  bool add;                     // to what is in `sums`, instead of overwriting it
+  int channels;  // valid ones of the 32
+  bool add;      // to what is in `sums`, instead of overwriting it
 };
 
 // Rows of tile `tile` when `rows` rows are spread over `tiles` tiles: as evenly as can be, larger ones first.
@@ -89,18 +91,18 @@ struct Norm {
   const float* weight;  // [k]
   const float* bias;    // [k] or null
   float eps;
-  bool center;          // LayerNorm; otherwise RMSNorm
+  bool center;  // LayerNorm; otherwise RMSNorm
 };
 
 // Attention of consecutive query rows of one key/value head over its cache.
 struct AttentionProduct {
-  const float* queries;         // row i of query head h at i·query_stride + h·head_dim
-  float* outputs;               // likewise
+  const float* queries;  // row i of query head h at i·query_stride + h·head_dim
+  float* outputs;        // likewise
   int64_t query_stride;
   int64_t rows;
-  int64_t heads;                // query heads that share the key/value head
+  int64_t heads;  // query heads that share the key/value head
   int64_t head_dim;
-  const int8_t* const* key_pages;    // [pages]: row t of a page at t·token_stride + head_offset
+  const int8_t* const* key_pages;  // [pages]: row t of a page at t·token_stride + head_offset
   const int8_t* const* value_pages;
   int64_t head_offset;
   int64_t page_tokens;
@@ -108,18 +110,18 @@ struct AttentionProduct {
   float key_scale;
   float value_scale;
   float softmax_scale;
-  float softcap;                // 0: none
-  int64_t first_position;       // of query row 0; row i attends to positions 0..first_position + i
-  int64_t window;               // 0: all; otherwise the last `window` positions
-  const float* alibi_slopes;    // [heads] or null
-  float* scratch;               // attention_scratch floats
+  float softcap;              // 0: none
+  int64_t first_position;     // of query row 0; row i attends to positions 0..first_position + i
+  int64_t window;             // 0: all; otherwise the last `window` positions
+  const float* alibi_slopes;  // [heads] or null
+  float* scratch;             // attention_scratch floats
 };
 
 struct Kernels {
   const char* name;
-  int rows;  // of a tile of activations
+  int rows;                // of a tile of activations
   int tiles_from_nibbles;  // up to so many tiles multiply int4 panels directly; for more they are unpacked first
-  int query_lanes;  // queries that attention looks at together
+  int query_lanes;         // queries that attention looks at together
 
   // One tile of activations, from rows of k codes, and its corrections [group][row].
   void (*pack_tile)(const Shape& shape, int64_t rows, const int8_t* activations, int8_t* tile, int32_t* corrections);
@@ -127,8 +129,8 @@ struct Kernels {
   void (*unpack)(const uint8_t* codes, int64_t codes_stride, int64_t groups, int64_t steps, uint8_t* bytes);
   void (*multiply)(const PanelProduct& product);
 
-  // codes[i] = round(x[i] / scale), to the even one if halfway, in -128..127. Returns whether no x is NaN; the code of a
-  // NaN means nothing.
+  // codes[i] = round(x[i] / scale), to the even one if halfway, in -128..127. Returns whether no x is NaN; the code of
+  // a NaN means nothing.
   bool (*quantize)(const float* x, int64_t k, float scale, int8_t* codes);
   // The same with the scale max|x| / 127, which it returns: 1 for a row of zeros, NaN if an x isn't finite.
   float (*quantize_dynamic)(const float* x, int64_t k, int8_t* codes);

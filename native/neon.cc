@@ -1,5 +1,5 @@
-// Arm NEON with dotprod (Armv8.2): 4 lanes, sdot. Signed times signed: codes 0..15 are signed bytes as they are; those of
-// int8 panels become q again, so that their accumulators start at 0.
+// Arm NEON with dotprod (Armv8.2): 4 lanes, sdot. Signed times signed: codes 0..15 are signed bytes as they are; those
+// of int8 panels become q again, so that their accumulators start at 0.
 #include <arm_neon.h>
 
 #include "kernels.h"

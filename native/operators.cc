@@ -159,8 +159,8 @@ void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* packed,
   multiply_prepared(kernels, shape, packed, m, prepare, bias, y, workspace);
 }
 
-void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const float* x, std::optional<float> scale,
-            const float* bias, float* y, Workspace& workspace) {
+void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const float* x,
+            std::optional<float> scale, const float* bias, float* y, Workspace& workspace) {
   const auto prepare = [&](int64_t first, int64_t rows, int8_t* tile, int32_t* corrections, float* scales, int thread) {
     auto* const codes = workspace.scratch[thread].reserve_array<int8_t>(rows * shape.k);
     for (int64_t r = 0; r < rows; ++r)
@@ -172,9 +172,8 @@ void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, i
 
 void quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, std::optional<float> scale, int8_t* codes,
               float* scales, Workspace& workspace) {
-  for_rows(m, k, workspace, [&](int64_t row, int) {
-    scales[row] = quantize_row(kernels, x + row * k, k, scale, codes + row * k);
-  });
+  for_rows(m, k, workspace,
+           [&](int64_t row, int) { scales[row] = quantize_row(kernels, x + row * k, k, scale, codes + row * k); });
 }
 
 void normalize(const Kernels& kernels, const float* x, int64_t m, int64_t k, const Norm& norm, float* out,
@@ -235,9 +234,8 @@ void measure_read(const Kernels& kernels, const uint8_t* data, int64_t bytes, Wo
   if (bytes <= 0) return;
   constexpr int64_t kPieces = 64, kLine = 256;
   const int64_t piece = divide_up(divide_up(bytes, kPieces), kLine) * kLine;
-  workspace.pool.run(divide_up(bytes, piece), [&](int64_t i, int) {
-    kernels.read(data + i * piece, std::min(piece, bytes - i * piece));
-  });
+  workspace.pool.run(divide_up(bytes, piece),
+                     [&](int64_t i, int) { kernels.read(data + i * piece, std::min(piece, bytes - i * piece)); });
 }
 
 int64_t measure_dot(const Kernels& kernels, int64_t steps, Workspace& workspace) {

@@ -49,8 +49,8 @@ void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* packed,
               const float* activation_scales, const float* bias, float* y, Workspace& workspace);
 
 // `quantize`, then `multiply`: float inputs x [m, k].
-void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const float* x, std::optional<float> scale,
-            const float* bias, float* y, Workspace& workspace);
+void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const float* x,
+            std::optional<float> scale, const float* bias, float* y, Workspace& workspace);
 
 // Codes [m, k] and a scale for each row: `scale` (static), or without it max|x| / 127 of the row (dynamic). A row that
 // can't be quantized, since it holds a NaN (or, dynamically, an infinity), gets the scale NaN.
@@ -68,10 +68,10 @@ void normalize_quantize(const Kernels& kernels, const float* x, int64_t m, int64
 // Attention of m consecutive queries [m, heads, head_dim] of one sequence over an int8 cache.
 struct Attention {
   const float* queries;
-  float* outputs;                  // [m, heads, head_dim]
+  float* outputs;  // [m, heads, head_dim]
   int64_t m;
   int64_t heads;
-  int64_t kv_heads;                // divides heads; query head h reads head h / (heads / kv_heads)
+  int64_t kv_heads;  // divides heads; query head h reads head h / (heads / kv_heads)
   int64_t head_dim;
   const int8_t* const* key_pages;  // [pages], each [page_tokens, kv_heads, head_dim]
   const int8_t* const* value_pages;
@@ -79,10 +79,10 @@ struct Attention {
   float key_scale;
   float value_scale;
   float softmax_scale;
-  float softcap;                   // 0: none
-  int64_t first_position;          // of query 0; query i attends to positions 0..first_position + i
-  int64_t window;                  // 0: all; otherwise the last `window` positions
-  const float* alibi_slopes;       // [heads] or null
+  float softcap;              // 0: none
+  int64_t first_position;     // of query 0; query i attends to positions 0..first_position + i
+  int64_t window;             // 0: all; otherwise the last `window` positions
+  const float* alibi_slopes;  // [heads] or null
 };
 void attend(const Kernels& kernels, const Attention& attention, Workspace& workspace);
 

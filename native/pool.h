@@ -20,8 +20,8 @@ class Pool {
   int threads() const { return threads_; }
 
   // Calls task(0..tasks-1), each once, on all threads, the calling one among them, and returns when all are done.
-  // Tasks are handed out one by one in ascending order. task(index, thread): thread counts from 0. After an exception no
-  // more tasks are begun, and it is thrown here.
+  // Tasks are handed out one by one in ascending order. task(index, thread): thread counts from 0. After an exception
+  // no more tasks are begun, and it is thrown here.
   template <class Task>
   void run(int64_t tasks, const Task& task) {
     if (tasks <= 0) return;
@@ -49,8 +49,8 @@ class Pool {
   const int threads_;
   std::mutex mutex_;
   std::vector<std::thread> workers_;
-  // A round is one run. Workers join it while it is open; who doesn't wake up in time, because others' threads occupy the
-  // CPUs, isn't waited for. Bits: see pool.cc. Apart from `next_`, since waiting workers look at it all the time.
+  // A round is one run. Workers join it while it is open; who doesn't wake up in time, because others' threads occupy
+  // the CPUs, isn't waited for. Bits: see pool.cc. Apart from `next_`, since waiting workers look at it all the time.
   alignas(64) std::atomic<uint32_t> state_;
   std::atomic<bool> stop_{false};
   alignas(64) std::atomic<int64_t> next_{0};  // task
