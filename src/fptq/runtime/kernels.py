@@ -32,6 +32,7 @@ Array = np.ndarray
 
 REFERENCE = "reference"
 MAX_THREADS = 1024
+_SMALLEST_SCALE, _LARGEST_SCALE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 MAX_GROUP_SIZE = {4: 2**20, 8: 2**16}
 """The largest groups whose sums stay in int32: 255·128·2^16 < 2^31, and 15·128·2^20 < 2^31."""
 
@@ -379,10 +380,13 @@ class Kernels:
 def _check(name: str, array: Array, dtype: type, shape: tuple[int | None, ...]) -> Array:
     """Return `array` in C order, or raise KernelError if its dtype or shape isn't what is needed (None: any)."""
     fits = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == len(shape)
-    if not fits or any(n is not None and n != got for n, got in zip(shape, array.shape, strict=True)):
+    if fits:
+        for needed, found in zip(shape, array.shape, strict=True):
+            fits = fits and needed in (None, found)
+    if not fits:
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-        needed = ", ".join("any" if n is None else str(n) for n in shape)
-        raise KernelError(f"{name} is {got}: needed {np.dtype(dtype)} [{needed}]")
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise KernelError(f"{name} is {got}: needed {np.dtype(dtype)} [{wanted}]")
     flags = array.flags
     return array if flags.c_contiguous and flags.aligned else np.require(array, requirements=["C", "A"])
 
@@ -400,5 +404,5 @@ def _check_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> tupl
 
 
 def _check_scale(input_scale: float | None) -> None:
-    if input_scale is not None and not 0 < np.float32(input_scale) < np.inf:
-        raise KernelError(f"input scale {input_scale}: needed a positive finite number, or None for dynamic")
+    if input_scale is not None and not _SMALLEST_SCALE <= input_scale <= _LARGEST_SCALE:
+        raise KernelError(f"input scale {input_scale}: needed a normal positive float32, or None for dynamic")
