@@ -330,6 +330,15 @@ void load_codes(const int8_t* codes, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = codes[i];
 }
 
+// A block of keys or values as floats, rows `width` apart, and its place in the next block prefetched.
+template <class Isa>
+void load_block(const AttentionProduct& a, const int8_t* codes, int64_t count, int64_t width, float* rows) {
+  for (int64_t t = 0; t < count; ++t, codes += a.token_stride) {
+    for (int64_t i = 0; i < a.head_dim; i += 64) __builtin_prefetch(codes + count * a.token_stride + i);
+    load_codes<Isa>(codes, a.head_dim, rows + t * width);
+  }
+}
+
 // Attention with the queries in the lanes: two vectors of them at a time. Scores, softmax and outputs need no sum
 // across lanes then. Online softmax over blocks of keys.
 template <class Isa>
@@ -360,8 +369,7 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
   const int64_t begin = a.window && earliest - a.window + 1 > 0 ? earliest - a.window + 1 : 0;
   for (int64_t start = begin, count; start <= latest; start += count) {
     count = page_rows(a, start, latest + 1);
-    const int8_t* codes = row_of(a, a.key_pages, start);
-    for (int64_t t = 0; t < count; ++t) load_codes<Isa>(codes + t * a.token_stride, d, rows + t * d);
+    load_block<Isa>(a, row_of(a, a.key_pages, start), count, d, rows);
     const int64_t padded = (count + T - 1) / T * T;
     for (int64_t t = count; t < padded; ++t)
       for (int64_t i = 0; i < d; ++i) rows[t * d + i] = 0.0f;
@@ -411,8 +419,7 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
       }
       total[v] = Isa::multiply_add(total[v], change[v], sum);
     }
-    codes = row_of(a, a.value_pages, start);
-    for (int64_t t = 0; t < count; ++t) load_codes<Isa>(codes + t * a.token_stride, d, rows + t * d);
+    load_block<Isa>(a, row_of(a, a.value_pages, start), count, d, rows);
     int64_t i = 0;
     for (; i + T <= d; i += T) {
       Float sum[T][2];
@@ -453,37 +460,41 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
 template <class Isa>
 void attend_row(const AttentionProduct& a, int64_t row) {
   using Float = typename Isa::Float;
-  constexpr int L = Isa::kLanes;
-  const int64_t d = a.head_dim, padded = (d + L - 1) / L * L, heads = a.heads, at = a.first_position + row;
-  float* const q = a.scratch;                   // [heads][padded]
-  float* const out = q + heads * padded;        // [heads][padded]
-  float* const p = out + heads * padded;        // [heads][kKeyBlock]
-  float* const values = p + heads * kKeyBlock;  // [padded]
-  float* const largest = values + padded;       // [heads]
-  float* const total = largest + heads;         // [heads]
+  constexpr int L = Isa::kLanes, C = 4;
+  const int64_t d = a.head_dim, width = (d + C * L - 1) / (C * L) * (C * L);
+  const int64_t heads = a.heads, at = a.first_position + row;
+  float* const q = a.scratch;                       // [heads][width]
+  float* const out = q + heads * width;             // [heads][width]
+  float* const p = out + heads * width;             // [heads][kKeyBlock]
+  float* const rows = p + heads * kKeyBlock;        // [kKeyBlock][width]
+  float* const largest = rows + kKeyBlock * width;  // [heads]
+  float* const total = largest + heads;             // [heads]
   for (int64_t h = 0; h < heads; ++h) {
     const float* from = a.queries + row * a.query_stride + h * d;
-    for (int64_t i = 0; i < padded; ++i) {
-      q[h * padded + i] = i < d ? from[i] * a.softmax_scale * a.key_scale : 0.0f;
-      out[h * padded + i] = 0.0f;
+    for (int64_t i = 0; i < width; ++i) {
+      q[h * width + i] = i < d ? from[i] * a.softmax_scale * a.key_scale : 0.0f;
+      out[h * width + i] = 0.0f;
     }
     largest[h] = kNoScore;
     total[h] = 0.0f;
   }
-  for (int64_t i = d; i < padded; ++i) values[i] = 0.0f;
+  for (int64_t t = 0; t < kKeyBlock; ++t)
+    for (int64_t i = d; i < width; ++i) rows[t * width + i] = 0.0f;
   const int64_t begin = a.window && at - a.window + 1 > 0 ? at - a.window + 1 : 0;
   for (int64_t start = begin, count; start <= at; start += count) {
     count = page_rows(a, start, at + 1);
-    const int8_t* codes = row_of(a, a.key_pages, start);
-    for (int64_t t = 0; t < count; ++t) {
-      load_codes<Isa>(codes + t * a.token_stride, d, values);
-      for (int64_t h = 0; h < heads; ++h) {
-        Float sum = Isa::splat(0.0f);
-        for (int64_t i = 0; i < padded; i += L)
-          sum = Isa::multiply_add(Isa::load(q + h * padded + i), Isa::load(values + i), sum);
-        p[h * kKeyBlock + t] = Isa::reduce_add(sum);
+    load_block<Isa>(a, row_of(a, a.key_pages, start), count, width, rows);
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t t = 0; t < count; ++t) {
+        Float even = Isa::splat(0.0f), odd = even;
+        for (int64_t i = 0; i < width; i += 2 * L) {
+          even = Isa::multiply_add(Isa::load(q + h * width + i), Isa::load(rows + t * width + i), even);
+          odd = Isa::multiply_add(Isa::load(q + h * width + i + L), Isa::load(rows + t * width + i + L), odd);
+        }
+        p[h * kKeyBlock + t] = Isa::reduce_add(Isa::add(even, odd));
       }
     }
+    load_block<Isa>(a, row_of(a, a.value_pages, start), count, width, rows);
     for (int64_t h = 0; h < heads; ++h) {
       float* const scores = p + h * kKeyBlock;
       for (int64_t t = count; t % L; ++t) scores[t] = 2 * kNoScore;
@@ -512,33 +523,31 @@ void attend_row(const AttentionProduct& a, int64_t row) {
         sum = Isa::add(sum, e);
       }
       total[h] = total[h] * change + Isa::reduce_add(sum);
-      for (int64_t i = 0; i < padded; i += L)
-        Isa::store(out + h * padded + i, Isa::multiply(Isa::load(out + h * padded + i), Isa::splat(change)));
-    }
-    codes = row_of(a, a.value_pages, start);
-    for (int64_t t = 0; t < count; ++t) {
-      load_codes<Isa>(codes + t * a.token_stride, d, values);
-      for (int64_t h = 0; h < heads; ++h) {
-        const Float weight = Isa::splat(p[h * kKeyBlock + t]);
-        for (int64_t i = 0; i < padded; i += L)
-          Isa::store(out + h * padded + i,
-                     Isa::multiply_add(weight, Isa::load(values + i), Isa::load(out + h * padded + i)));
+      for (int64_t i = 0; i < width; i += C * L) {
+        Float part[C];
+        for (int c = 0; c < C; ++c) part[c] = Isa::multiply(Isa::load(out + h * width + i + c * L), Isa::splat(change));
+        for (int64_t t = 0; t < count; ++t) {
+          const Float weight = Isa::splat(scores[t]);
+          for (int c = 0; c < C; ++c)
+            part[c] = Isa::multiply_add(weight, Isa::load(rows + t * width + i + c * L), part[c]);
+        }
+        for (int c = 0; c < C; ++c) Isa::store(out + h * width + i + c * L, part[c]);
       }
     }
   }
   for (int64_t h = 0; h < heads; ++h) {
     float* to = a.outputs + row * a.query_stride + h * d;
     const float factor = a.value_scale / total[h];
-    for (int64_t i = 0; i < d; ++i) to[i] = out[h * padded + i] * factor;
+    for (int64_t i = 0; i < d; ++i) to[i] = out[h * width + i] * factor;
   }
 }
 
 template <class Isa>
 int64_t attention_scratch(int64_t heads, int64_t head_dim) {
   constexpr int64_t L = Isa::kLanes, W = 2 * L;
-  const int64_t padded = (head_dim + L - 1) / L * L;
+  const int64_t width = (head_dim + 4 * L - 1) / (4 * L) * (4 * L);
   const int64_t lanes = 2 * head_dim * W + kKeyBlock * W + kKeyBlock * head_dim;
-  const int64_t row = (2 * heads + 1) * padded + heads * kKeyBlock + 2 * heads;
+  const int64_t row = (2 * heads + kKeyBlock) * width + heads * kKeyBlock + 2 * heads;
   return lanes > row ? lanes : row;
 }
 
