@@ -2,9 +2,9 @@
 
     python bench/operators.py --threads 1
 
-Medians of interleaved repetitions; torch is the peer, on float32. Attention's ceiling is torch's product of two 1024×1024
-float32 matrices in the same run. Results are checked before their times are believed. With more than one thread torch's
-threads, which spin for a while after their work, disturb ours: compare with one.
+Medians of interleaved repetitions; torch is the peer, on float32. Attention's ceiling is torch's product of two
+1024×1024 float32 matrices in the same run. Results are checked before their times are believed. With more than one
+thread torch's threads, which spin for a while after their work, disturb ours: compare with one.
 """
 
 import argparse
