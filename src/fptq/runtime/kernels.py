@@ -93,10 +93,11 @@ class Weights:
     bits: int
 
     def __post_init__(self) -> None:
-        if self.bits not in MAX_GROUP_SIZE or min(self.n, self.k, self.group_size) < 1 or self.k % self.group_size:
+        largest = MAX_GROUP_SIZE.get(self.bits, 0)
+        if min(self.n, self.k) < 1 or not 1 <= self.group_size <= largest or self.k % self.group_size:
             raise KernelError(
-                f"packed weights [{self.n}, {self.k}] of {self.bits} bits in groups of {self.group_size}: "
-                "needed 4 or 8 bits, at least one channel, and in_features a multiple of the group"
+                f"packed weights [{self.n}, {self.k}] of {self.bits} bits in groups of {self.group_size}: needed 4 or 8 "
+                f"bits, at least one channel, and groups of up to {largest} that divide in_features"
             )
         size = reference.packed_bytes(self.n, self.k, self.group_size, self.bits)
         _check("packed weights", self.data, np.uint8, (size,))
