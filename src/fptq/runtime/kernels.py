@@ -96,8 +96,8 @@ class Weights:
         largest = MAX_GROUP_SIZE.get(self.bits, 0)
         if min(self.n, self.k) < 1 or not 1 <= self.group_size <= largest or self.k % self.group_size:
             raise KernelError(
-                f"packed weights [{self.n}, {self.k}] of {self.bits} bits in groups of {self.group_size}: needed 4 or 8 "
-                f"bits, at least one channel, and groups of up to {largest} that divide in_features"
+                f"packed weights [{self.n}, {self.k}] of {self.bits} bits in groups of {self.group_size}: "
+                f"needed 4 or 8 bits, at least one channel, and groups of up to {largest} that divide in_features"
             )
         size = reference.packed_bytes(self.n, self.k, self.group_size, self.bits)
         _check("packed weights", self.data, np.uint8, (size,))
