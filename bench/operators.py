@@ -57,11 +57,11 @@ def attention_line(kernels: Kernels, model: str, m: int, context: int, seconds: 
     heads, kv_heads, head_dim = HEADS[model]
     rng = np.random.default_rng(0)
     queries = rng.normal(size=(m, heads, head_dim)).astype(np.float32)
-    keys, values = rng.integers(-128, 128, (2, 1, context, kv_heads, head_dim)).astype(np.int8)
+    keys, values = rng.integers(-128, 128, (2, 1, kv_heads, context, head_dim)).astype(np.int8)
     first = context - m
     options = {"key_scale": 0.02, "value_scale": 0.02, "softmax_scale": head_dim**-0.5, "first_position": first}
     q = torch.from_numpy(queries).transpose(0, 1)[None]
-    k, v = (torch.from_numpy(c[0]).float().mul(0.02).transpose(0, 1)[None].contiguous() for c in (keys, values))
+    k, v = (torch.from_numpy(c[0]).float().mul(0.02)[None] for c in (keys, values))
     mask = torch.ones(m, context, dtype=torch.bool).tril(first)
     square = torch.ones(1024, 1024)
     calls = [

@@ -7,6 +7,8 @@
 //   int8: steps × 128 bytes   byte 4·l + j of step s: q[l, 4·s + j] + 128                      l = 0..31
 //   scales: 32 × bfloat16     one for each channel
 //
+// Layers that stay in float have panels of k × 32 weights, bfloat16 or float32, and inputs in float32, row after row.
+//
 // A step is four inputs: what one lane of vpdpbusd or sdot adds up. steps = group_size / 4, rounded up; inputs past the
 // group and channels past n have the code 0, channels past n the scale 0. So a matrix is one stream of bytes, read
 // front to back.
@@ -31,22 +33,26 @@ constexpr int kPanelChannels = 32;
 constexpr int kStepInputs = 4;
 constexpr int kScaleBytes = kPanelChannels * 2;
 
-enum class WeightType : int { int4 = 4, int8 = 8 };
+enum class WeightType : int { int4 = 4, int8 = 8, bfloat16 = 16, float32 = 32 };
 
 // The shape of packed weights. Sums stay in int32: |Σ| <= 255·128·group_size < 2^31 up to group_size 65,536 (int8), and
-// 15·128·group_size up to 2^20 (int4).
+// 15·128·group_size up to 2^20 (int4). Float weights have no groups.
 struct Shape {
   int64_t n;
   int64_t k;
   int64_t group_size;
   WeightType type;
 
+  FPTQ_INLINE bool is_float() const { return type == WeightType::bfloat16 || type == WeightType::float32; }
+
   FPTQ_INLINE int64_t groups() const { return k / group_size; }
   FPTQ_INLINE int64_t panels() const { return (n + kPanelChannels - 1) / kPanelChannels; }
   FPTQ_INLINE int64_t group_steps() const { return (group_size + kStepInputs - 1) / kStepInputs; }
   FPTQ_INLINE int64_t step_bytes() const { return type == WeightType::int4 ? 64 : 128; }
   FPTQ_INLINE int64_t group_bytes() const { return group_steps() * step_bytes() + kScaleBytes; }
-  FPTQ_INLINE int64_t panel_bytes() const { return groups() * group_bytes(); }
+  FPTQ_INLINE int64_t panel_bytes() const {
+    return is_float() ? k * kPanelChannels * static_cast<int>(type) / 8 : groups() * group_bytes();
+  }
   FPTQ_INLINE int64_t bytes() const { return panels() * panel_bytes(); }
   FPTQ_INLINE int offset() const { return type == WeightType::int4 ? 8 : 128; }
 };
@@ -82,10 +88,26 @@ struct PanelProduct {
   bool add;      // to what is in `sums`, instead of overwriting it
 };
 
+// One panel of float weights times several rows: y = x·Wᵀ (+ bias), sums in float32.
+struct FloatProduct {
+  const uint8_t* weights;  // [k, 32 channels]
+  WeightType type;
+  int64_t k;
+  const float* x;  // [rows, k]
+  int64_t rows;
+  const float* bias;  // [channels] or null
+  float* y;           // row r at r·stride
+  int64_t stride;
+  int channels;  // valid ones of the 32
+};
+
 // Rows of tile `tile` when `rows` rows are spread over `tiles` tiles: as evenly as can be, larger ones first.
 FPTQ_INLINE constexpr int64_t tile_rows(int64_t rows, int64_t tiles, int64_t tile) {
   return rows / tiles + (tile < rows % tiles);
 }
+
+// What an MLP does to its inner row. gelu is exact to 2e-7 of |x|, gelu_tanh its common approximation.
+enum class Activation : int { silu, gelu, gelu_tanh, relu };
 
 struct Norm {
   const float* weight;  // [k]
@@ -97,8 +119,9 @@ struct Norm {
 // Attention of consecutive query rows of one key/value head over its cache.
 struct AttentionProduct {
   const float* queries;  // row i of query head h at i·query_stride + h·head_dim
-  float* outputs;        // likewise
+  float* outputs;        // likewise, with output_stride
   int64_t query_stride;
+  int64_t output_stride;
   int64_t rows;
   int64_t heads;  // query heads that share the key/value head
   int64_t head_dim;
@@ -128,6 +151,7 @@ struct Kernels {
   // Codes of an int4 panel's groups, a byte each in the layout of int8 panels, without scales.
   void (*unpack)(const uint8_t* codes, int64_t codes_stride, int64_t groups, int64_t steps, uint8_t* bytes);
   void (*multiply)(const PanelProduct& product);
+  void (*multiply_float)(const FloatProduct& product);
 
   // codes[i] = round(x[i] / scale), to the even one if halfway, in -128..127. Returns whether no x is NaN; the code of
   // a NaN means nothing.
@@ -138,6 +162,9 @@ struct Kernels {
   void (*normalize)(const float* x, int64_t k, const Norm& norm, float* out);
   // The same, then `quantize`, in one pass.
   bool (*normalize_quantize)(const float* x, int64_t k, const Norm& norm, float scale, int8_t* codes);
+
+  // out = activation(x), times `up` unless that is null. `out` may be x.
+  void (*activate)(Activation activation, const float* x, const float* up, int64_t k, float* out);
 
   int64_t (*attention_scratch)(int64_t heads, int64_t head_dim);
   void (*attend)(const AttentionProduct& product);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <limits>
 #include <new>
 
 namespace fptq {
@@ -11,97 +10,6 @@ namespace {
 
 // Bytes of unpacked codes that rows are multiplied with before the next ones are unpacked.
 constexpr int64_t kPanelBytes = 128 * 1024;
-// Rows multiplied before the weights are read again.
-constexpr int64_t kRowBlock = 512;
-// Fewer numbers than this aren't worth waking a thread.
-constexpr int64_t kWorthAThread = 32 * 1024;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Runs function(row, thread) for all rows, in pieces of at least kWorthAThread numbers.
-template <class Function>
-void for_rows(int64_t m, int64_t k, Workspace& workspace, const Function& function) {
-  const int64_t pieces = 8 * workspace.pool.threads();
-  const int64_t together = std::max(divide_up(kWorthAThread, std::max<int64_t>(k, 1)), divide_up(m, pieces));
-  workspace.pool.run(divide_up(m, together), [&](int64_t i, int thread) {
-    for (int64_t row = i * together; row < std::min(m, (i + 1) * together); ++row) function(row, thread);
-  });
-}
-
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-// Quantizes a row and returns its scale, NaN if it can't be quantized.
-float quantize_row(const Kernels& kernels, const float* x, int64_t k, std::optional<float> scale, int8_t* codes) {
-  if (!scale) return kernels.quantize_dynamic(x, k, codes);
-  return kernels.quantize(x, k, *scale, codes) ? *scale : kNan;
-}
-
-// The product, with rows that prepare(first row, rows, tile, corrections, scales, thread) brings into a tile.
-template <class Prepare>
-void multiply_prepared(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m,
-                       const Prepare& prepare, const float* bias, float* y, Workspace& workspace) {
-  const int64_t n = shape.n, groups = shape.groups(), panels = shape.panels();
-  const int64_t all_steps = groups * shape.group_steps();
-  const int64_t threads = workspace.pool.threads();
-  for (int64_t start = 0; start < m; start += kRowBlock) {
-    const int64_t rows = std::min(kRowBlock, m - start), tiles = divide_up(rows, kernels.rows);
-    auto* const tile_codes = workspace.activations.reserve_array<int8_t>(rows * all_steps * kStepInputs);
-    auto* const corrections = workspace.corrections.reserve_array<int32_t>(rows * groups);
-    auto* const scales = workspace.scales.reserve_array<float>(rows);
-    const int64_t tiles_together = rows * shape.k < kWorthAThread ? tiles : divide_up(tiles, 4 * threads);
-    workspace.pool.run(divide_up(tiles, tiles_together), [&](int64_t i, int thread) {
-      for (int64_t tile = i * tiles_together; tile < std::min(tiles, (i + 1) * tiles_together); ++tile) {
-        const int64_t row = tile * (rows / tiles) + std::min(tile, rows % tiles);
-        prepare(start + row, tile_rows(rows, tiles, tile), tile_codes + row * all_steps * kStepInputs,
-                corrections + row * groups, scales + row, thread);
-      }
-    });
-
-    // With many tiles it may pay to take the nibbles apart once for all of them.
-    const bool unpack = shape.type == WeightType::int4 && tiles > kernels.tiles_from_nibbles;
-    const int64_t bytes_of_group = shape.group_steps() * kStepInputs * kPanelChannels;
-    const int64_t groups_together = unpack ? std::clamp<int64_t>(kPanelBytes / bytes_of_group, 1, groups) : groups;
-    const int64_t panels_together = std::max<int64_t>(1, panels / (threads * 8));
-    workspace.pool.run(divide_up(panels, panels_together), [&](int64_t i, int thread) {
-      uint8_t* bytes = nullptr;
-      if (unpack) bytes = workspace.scratch[thread].reserve_array<uint8_t>(groups_together * bytes_of_group);
-      const int64_t end = std::min(panels, (i + 1) * panels_together);
-      for (int64_t first = 0; first < groups; first += groups_together) {
-        for (int64_t panel = i * panels_together; panel < end; ++panel) {
-          const uint8_t* const codes = packed + panel * shape.panel_bytes() + first * shape.group_bytes();
-          PanelProduct p{};
-          p.steps = shape.group_steps();
-          p.groups = std::min(groups_together, groups - first);
-          p.first_group = first;
-          p.all_groups = groups;
-          p.source = shape.type == WeightType::int8 ? Source::wide : unpack ? Source::bytes : Source::nibbles;
-          p.codes = codes;
-          p.codes_stride = shape.group_bytes();
-          p.scales = codes + shape.group_steps() * shape.step_bytes();
-          p.scales_stride = shape.group_bytes();
-          // Behind the last panel this points outside, which a prefetch may.
-          p.next_panel = codes + shape.panel_bytes();
-          if (unpack) {
-            kernels.unpack(codes, shape.group_bytes(), p.groups, p.steps, bytes);
-            p.codes = bytes;
-            p.codes_stride = bytes_of_group;
-          }
-          p.activations = tile_codes;
-          p.corrections = corrections;
-          p.rows = rows;
-          p.tiles = tiles;
-          p.add = first > 0;
-          p.activation_scales = first + p.groups == groups ? scales : nullptr;
-          p.bias = bias ? bias + panel * kPanelChannels : nullptr;
-          p.sums = y + start * n + panel * kPanelChannels;
-          p.sums_stride = n;
-          p.channels = static_cast<int>(std::min<int64_t>(kPanelChannels, n - panel * kPanelChannels));
-          kernels.multiply(p);
-        }
-      }
-    });
-  }
-}
 
 }  // namespace
 
@@ -150,24 +58,150 @@ void pack(const Shape& shape, const int8_t* codes, const float* scales, uint8_t*
   });
 }
 
+namespace {
+
+// Four nibbles of the lower 16 bits, a byte each.
+uint32_t spread(uint32_t nibbles) {
+  const uint32_t pairs = (nibbles | nibbles << 8) & 0x00FF00FFu;
+  return (pairs | pairs << 4) & 0x0F0F0F0Fu;
+}
+
+}  // namespace
+
+void pack_words(const Shape& shape, const uint32_t* words, const uint16_t* scales, uint8_t* packed, Pool& pool) {
+  const int64_t groups = shape.groups(), steps = shape.group_steps();
+  const auto* const bytes = reinterpret_cast<const uint8_t*>(words);
+  pool.run(shape.panels(), [&](int64_t panel, int) {
+    const int64_t first = panel * kPanelChannels, channels = std::min<int64_t>(kPanelChannels, shape.n - first);
+    const auto step_of = [&](int64_t channel, int64_t step) -> uint32_t {
+      if (channel >= channels) return 0x8888u;  // four codes of 0
+      uint16_t codes;
+      std::memcpy(&codes, bytes + (first + channel) * shape.k / 2 + step * 2, 2);
+      return codes;
+    };
+    uint8_t* out = packed + panel * shape.panel_bytes();
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t s = g * steps; s < (g + 1) * steps; ++s) {
+        for (int64_t l = 0; l < kPanelChannels / 2; ++l, out += kStepInputs) {
+          const uint32_t both = spread(step_of(l, s)) | spread(step_of(l + 16, s)) << 4;
+          std::memcpy(out, &both, kStepInputs);
+        }
+      }
+      for (int64_t c = 0; c < kPanelChannels; ++c, out += 2) {
+        const uint16_t scale = c < channels ? scales[(first + c) * groups + g] : uint16_t{0};
+        std::memcpy(out, &scale, 2);
+      }
+    }
+  });
+}
+
+void pack_floats(const Shape& shape, const uint8_t* weights, uint8_t* packed, Pool& pool) {
+  const int64_t size = static_cast<int>(shape.type) / 8;
+  pool.run(shape.panels(), [&](int64_t panel, int) {
+    const int64_t first = panel * kPanelChannels, channels = std::min<int64_t>(kPanelChannels, shape.n - first);
+    uint8_t* const out = packed + panel * shape.panel_bytes();
+    if (channels < kPanelChannels) std::memset(out, 0, static_cast<size_t>(shape.panel_bytes()));
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < shape.k; ++i)
+        std::memcpy(out + (i * kPanelChannels + c) * size, weights + ((first + c) * shape.k + i) * size, size);
+  });
+}
+
+float quantize_row(const Kernels& kernels, const float* x, int64_t k, std::optional<float> scale, int8_t* codes) {
+  if (!scale) return kernels.quantize_dynamic(x, k, codes);
+  return kernels.quantize(x, k, *scale, codes) ? *scale : kNan;
+}
+
+void multiply_tiles(const Kernels& kernels, const Shape& shape, const uint8_t* packed, const Tiles& tiles,
+                    const float* bias, float* y, int64_t stride, Workspace& workspace) {
+  const int64_t n = shape.n, groups = shape.groups(), panels = shape.panels();
+  const int64_t threads = workspace.pool.threads();
+  // With many tiles it may pay to take the nibbles apart once for all of them.
+  const bool unpack = shape.type == WeightType::int4 && tiles.count > kernels.tiles_from_nibbles;
+  const int64_t bytes_of_group = shape.group_steps() * kStepInputs * kPanelChannels;
+  const int64_t groups_together = unpack ? std::clamp<int64_t>(kPanelBytes / bytes_of_group, 1, groups) : groups;
+  const int64_t panels_together = std::max<int64_t>(1, panels / (threads * 8));
+  workspace.pool.run(divide_up(panels, panels_together), [&](int64_t i, int thread) {
+    uint8_t* bytes = nullptr;
+    if (unpack) bytes = workspace.scratch[thread].reserve_array<uint8_t>(groups_together * bytes_of_group);
+    const int64_t end = std::min(panels, (i + 1) * panels_together);
+    for (int64_t first = 0; first < groups; first += groups_together) {
+      for (int64_t panel = i * panels_together; panel < end; ++panel) {
+        const uint8_t* const codes = packed + panel * shape.panel_bytes() + first * shape.group_bytes();
+        PanelProduct p{};
+        p.steps = shape.group_steps();
+        p.groups = std::min(groups_together, groups - first);
+        p.first_group = first;
+        p.all_groups = groups;
+        p.source = shape.type == WeightType::int8 ? Source::wide : unpack ? Source::bytes : Source::nibbles;
+        p.codes = codes;
+        p.codes_stride = shape.group_bytes();
+        p.scales = codes + shape.group_steps() * shape.step_bytes();
+        p.scales_stride = shape.group_bytes();
+        // Behind the last panel this points outside, which a prefetch may.
+        p.next_panel = codes + shape.panel_bytes();
+        if (unpack) {
+          kernels.unpack(codes, shape.group_bytes(), p.groups, p.steps, bytes);
+          p.codes = bytes;
+          p.codes_stride = bytes_of_group;
+        }
+        p.activations = tiles.codes;
+        p.corrections = tiles.corrections;
+        p.rows = tiles.rows;
+        p.tiles = tiles.count;
+        p.add = first > 0;
+        p.activation_scales = first + p.groups == groups ? tiles.scales : nullptr;
+        p.bias = bias ? bias + panel * kPanelChannels : nullptr;
+        p.sums = y + panel * kPanelChannels;
+        p.sums_stride = stride;
+        p.channels = static_cast<int>(std::min<int64_t>(kPanelChannels, n - panel * kPanelChannels));
+        kernels.multiply(p);
+      }
+    }
+  });
+}
+
+void multiply_floats(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t rows, const float* x,
+                     const float* bias, float* y, int64_t stride, Workspace& workspace) {
+  const int64_t panels = shape.panels();
+  const int64_t panels_together = std::max<int64_t>(1, panels / (workspace.pool.threads() * 8));
+  workspace.pool.run(divide_up(panels, panels_together), [&](int64_t i, int) {
+    for (int64_t panel = i * panels_together; panel < std::min(panels, (i + 1) * panels_together); ++panel) {
+      kernels.multiply_float(
+          {.weights = packed + panel * shape.panel_bytes(),
+           .type = shape.type,
+           .k = shape.k,
+           .x = x,
+           .rows = rows,
+           .bias = bias ? bias + panel * kPanelChannels : nullptr,
+           .y = y + panel * kPanelChannels,
+           .stride = stride,
+           .channels = static_cast<int>(std::min<int64_t>(kPanelChannels, shape.n - panel * kPanelChannels))});
+    }
+  });
+}
+
 void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const int8_t* activations,
               const float* activation_scales, const float* bias, float* y, Workspace& workspace) {
-  const auto prepare = [&](int64_t first, int64_t rows, int8_t* tile, int32_t* corrections, float* scales, int) {
-    kernels.pack_tile(shape, rows, activations + first * shape.k, tile, corrections);
-    std::copy_n(activation_scales + first, rows, scales);
-  };
-  multiply_prepared(kernels, shape, packed, m, prepare, bias, y, workspace);
+  for (int64_t start = 0; start < m; start += kRowBlock) {
+    const auto fill = [&](int64_t row, int8_t* codes, float*) {
+      std::copy_n(activations + (start + row) * shape.k, shape.k, codes);
+      return activation_scales[start + row];
+    };
+    const Tiles tiles = prepare(kernels, shape, std::min(kRowBlock, m - start), fill, workspace);
+    multiply_tiles(kernels, shape, packed, tiles, bias, y + start * shape.n, shape.n, workspace);
+  }
 }
 
 void linear(const Kernels& kernels, const Shape& shape, const uint8_t* packed, int64_t m, const float* x,
             std::optional<float> scale, const float* bias, float* y, Workspace& workspace) {
-  const auto prepare = [&](int64_t first, int64_t rows, int8_t* tile, int32_t* corrections, float* scales, int thread) {
-    auto* const codes = workspace.scratch[thread].reserve_array<int8_t>(rows * shape.k);
-    for (int64_t r = 0; r < rows; ++r)
-      scales[r] = quantize_row(kernels, x + (first + r) * shape.k, shape.k, scale, codes + r * shape.k);
-    kernels.pack_tile(shape, rows, codes, tile, corrections);
-  };
-  multiply_prepared(kernels, shape, packed, m, prepare, bias, y, workspace);
+  for (int64_t start = 0; start < m; start += kRowBlock) {
+    const auto fill = [&](int64_t row, int8_t* codes, float*) {
+      return quantize_row(kernels, x + (start + row) * shape.k, shape.k, scale, codes);
+    };
+    const Tiles tiles = prepare(kernels, shape, std::min(kRowBlock, m - start), fill, workspace);
+    multiply_tiles(kernels, shape, packed, tiles, bias, y + start * shape.n, shape.n, workspace);
+  }
 }
 
 void quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, std::optional<float> scale, int8_t* codes,
@@ -181,52 +215,58 @@ void normalize(const Kernels& kernels, const float* x, int64_t m, int64_t k, con
   for_rows(m, k, workspace, [&](int64_t row, int) { kernels.normalize(x + row * k, k, norm, out + row * k); });
 }
 
+float normalize_quantize_row(const Kernels& kernels, const float* x, int64_t k, const Norm& norm,
+                             std::optional<float> scale, int8_t* codes, float* scratch) {
+  if (scale) return kernels.normalize_quantize(x, k, norm, *scale, codes) ? *scale : kNan;
+  kernels.normalize(x, k, norm, scratch);
+  return kernels.quantize_dynamic(scratch, k, codes);
+}
+
 void normalize_quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, const Norm& norm,
                         std::optional<float> scale, int8_t* codes, float* scales, Workspace& workspace) {
   for_rows(m, k, workspace, [&](int64_t row, int thread) {
-    const float* from = x + row * k;
-    int8_t* to = codes + row * k;
-    if (scale) {
-      scales[row] = kernels.normalize_quantize(from, k, norm, *scale, to) ? *scale : kNan;
-    } else {
-      float* y = workspace.scratch[thread].reserve_array<float>(k);
-      kernels.normalize(from, k, norm, y);
-      scales[row] = kernels.quantize_dynamic(y, k, to);
-    }
+    auto* const scratch = workspace.scratch[thread].reserve_array<float>(k);
+    scales[row] = normalize_quantize_row(kernels, x + row * k, k, norm, scale, codes + row * k, scratch);
   });
 }
 
-void attend(const Kernels& kernels, const Attention& a, Workspace& workspace) {
-  if (a.m == 0) return;
-  const int64_t shared = a.heads / a.kv_heads;
+int64_t rows_together(const Kernels& kernels, const Attention& a) {
   // As many rows as fill the lanes once, or four times where many heads share a key and once would leave lanes empty.
-  const int64_t lanes = kernels.query_lanes;
-  const int64_t rows_together = std::max<int64_t>(1, (2 * shared > lanes ? 4 * lanes : lanes) / shared);
-  const int64_t blocks = divide_up(a.m, rows_together);
+  const int64_t shared = a.heads / a.kv_heads, lanes = kernels.query_lanes;
+  return std::max<int64_t>(1, (2 * shared > lanes ? 4 * lanes : lanes) / shared);
+}
+
+void attend_block(const Kernels& kernels, const Attention& a, int64_t kv_head, int64_t first, int64_t rows,
+                  Buffer& scratch) {
+  const int64_t shared = a.heads / a.kv_heads, column = kv_head * shared * a.head_dim;
+  kernels.attend({.queries = a.queries + first * a.query_stride + column,
+                  .outputs = a.outputs + first * a.output_stride + column,
+                  .query_stride = a.query_stride,
+                  .output_stride = a.output_stride,
+                  .rows = rows,
+                  .heads = shared,
+                  .head_dim = a.head_dim,
+                  .key_pages = a.key_pages,
+                  .value_pages = a.value_pages,
+                  .head_offset = kv_head * a.head_stride,
+                  .page_tokens = a.page_tokens,
+                  .token_stride = a.token_stride,
+                  .key_scale = a.key_scale,
+                  .value_scale = a.value_scale,
+                  .softmax_scale = a.softmax_scale,
+                  .softcap = a.softcap,
+                  .first_position = a.first_position + first,
+                  .window = a.window,
+                  .alibi_slopes = a.alibi_slopes ? a.alibi_slopes + kv_head * shared : nullptr,
+                  .scratch = scratch.reserve_array<float>(kernels.attention_scratch(shared, a.head_dim))});
+}
+
+void attend(const Kernels& kernels, const Attention& a, Workspace& workspace) {
+  const int64_t together = rows_together(kernels, a), blocks = divide_up(a.m, together);
   workspace.pool.run(a.kv_heads * blocks, [&](int64_t i, int thread) {
     // Late rows see most keys: they go first, so that the threads end together.
-    const int64_t block = blocks - 1 - i / a.kv_heads, kv_head = i % a.kv_heads, first = block * rows_together;
-    AttentionProduct p{};
-    p.query_stride = a.heads * a.head_dim;
-    p.queries = a.queries + first * p.query_stride + kv_head * shared * a.head_dim;
-    p.outputs = a.outputs + first * p.query_stride + kv_head * shared * a.head_dim;
-    p.rows = std::min(rows_together, a.m - first);
-    p.heads = shared;
-    p.head_dim = a.head_dim;
-    p.key_pages = a.key_pages;
-    p.value_pages = a.value_pages;
-    p.head_offset = kv_head * a.head_dim;
-    p.page_tokens = a.page_tokens;
-    p.token_stride = a.kv_heads * a.head_dim;
-    p.key_scale = a.key_scale;
-    p.value_scale = a.value_scale;
-    p.softmax_scale = a.softmax_scale;
-    p.softcap = a.softcap;
-    p.first_position = a.first_position + first;
-    p.window = a.window;
-    p.alibi_slopes = a.alibi_slopes ? a.alibi_slopes + kv_head * shared : nullptr;
-    p.scratch = workspace.scratch[thread].reserve_array<float>(kernels.attention_scratch(shared, a.head_dim));
-    kernels.attend(p);
+    const int64_t first = (blocks - 1 - i / a.kv_heads) * together;
+    attend_block(kernels, a, i % a.kv_heads, first, std::min(together, a.m - first), workspace.scratch[thread]);
   });
 }
 

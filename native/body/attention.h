@@ -1,28 +1,5 @@
 // Attention over an int8 cache.
 
-// e^x for x <= 88, 0 below -87.3; relative error below 2^-22: x = n·ln 2 + r, |r| <= ln 2 / 2, Taylor to r^6 / 720.
-template <class Isa>
-typename Isa::Float exponential(typename Isa::Float x) {
-  using Float = typename Isa::Float;
-  const Float lowest = Isa::splat(-87.3f);
-  const Float y = Isa::max(lowest, x);
-  const Float n = Isa::round(Isa::multiply(y, Isa::splat(1.44269504f)));
-  Float r = Isa::multiply_add(n, Isa::splat(-0.693359375f), y);  // ln 2 in two parts, the first exact times n
-  r = Isa::multiply_add(n, Isa::splat(2.12194440e-4f), r);
-  Float sum = Isa::splat(1.0f / 720);
-  constexpr float kTaylor[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-  for (const float c : kTaylor) sum = Isa::multiply_add(sum, r, Isa::splat(c));
-  return Isa::where_less(x, lowest, Isa::splat(0.0f), Isa::multiply(sum, Isa::power_of_two(n)));
-}
-
-template <class Isa>
-typename Isa::Float hyperbolic_tangent(typename Isa::Float x) {
-  const auto limited = Isa::min(Isa::splat(15.0f), Isa::max(Isa::splat(-15.0f), x));
-  const auto e = exponential<Isa>(Isa::add(limited, limited));
-  const auto one = Isa::splat(1.0f);
-  return Isa::divide(Isa::subtract(e, one), Isa::add(e, one));
-}
-
 constexpr float kNoScore = -1e30f;  // below every score, and finite: a difference of two isn't NaN
 
 // Consecutive keys from `position` on, up to `end`, that lie in one page and one block.
@@ -163,7 +140,7 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
   for (int v = 0; v < 2; ++v) Isa::store(totals + v * L, total[v]);
   for (int64_t w = 0; w < queries; ++w) {
     const int64_t row = (first_query + w) / a.heads, head = (first_query + w) % a.heads;
-    float* to = a.outputs + row * a.query_stride + head * d;
+    float* to = a.outputs + row * a.output_stride + head * d;
     const float factor = a.value_scale / totals[w];
     for (int64_t i = 0; i < d; ++i) to[i] = out[i * W + w] * factor;
   }
@@ -250,7 +227,7 @@ void attend_row(const AttentionProduct& a, int64_t row) {
     }
   }
   for (int64_t h = 0; h < heads; ++h) {
-    float* to = a.outputs + row * a.query_stride + h * d;
+    float* to = a.outputs + row * a.output_stride + h * d;
     const float factor = a.value_scale / total[h];
     for (int64_t i = 0; i < d; ++i) to[i] = out[h * width + i] * factor;
   }

@@ -161,3 +161,58 @@ void unpack(const uint8_t* codes, int64_t codes_stride, int64_t groups, int64_t 
     }
   }
 }
+
+// R rows times a panel of float weights.
+template <class Isa, int R, WeightType kType>
+void multiply_float_tile(const FloatProduct& p, const float* x, const float* bias, float* y, int64_t stride) {
+  constexpr int V = kVectors<Isa>, kBytes = static_cast<int>(kType) / 8;
+  typename Isa::Float sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = Isa::load(bias + v * Isa::kLanes);
+  const uint8_t* weights = p.weights;
+  for (int64_t i = 0; i < p.k; ++i, weights += kPanelChannels * kBytes) {
+    for (int b = 0; b < kPanelChannels * kBytes; b += 64) __builtin_prefetch(weights + kPrefetchBytes + b);
+    typename Isa::Float w[V];
+    for (int v = 0; v < V; ++v) {
+      if constexpr (kType == WeightType::bfloat16) {
+        w[v] = Isa::load_scales(weights + v * Isa::kLanes * kBytes);
+      } else {
+        w[v] = Isa::load(reinterpret_cast<const float*>(weights) + v * Isa::kLanes);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const auto factor = Isa::splat(x[r * p.k + i]);
+      for (int v = 0; v < V; ++v) sum[r][v] = Isa::multiply_add(w[v], factor, sum[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) Isa::store(y + r * stride + v * Isa::kLanes, sum[r][v]);
+}
+
+template <class Isa, WeightType kType, int R = Isa::kRows>
+void multiply_float_rows(int64_t rows, const FloatProduct& p, const float* x, const float* bias, float* y,
+                         int64_t stride) {
+  if constexpr (R > 0) {
+    if (rows == R) return multiply_float_tile<Isa, R, kType>(p, x, bias, y, stride);
+    multiply_float_rows<Isa, kType, R - 1>(rows, p, x, bias, y, stride);
+  }
+}
+
+template <class Isa>
+void multiply_float(const FloatProduct& p) {
+  float bias[kPanelChannels] = {};
+  if (p.bias)
+    for (int c = 0; c < p.channels; ++c) bias[c] = p.bias[c];
+  const bool whole = p.channels == kPanelChannels;
+  float edge[Isa::kRows * kPanelChannels];
+  const auto multiply_some = p.type == WeightType::bfloat16 ? multiply_float_rows<Isa, WeightType::bfloat16>
+                                                            : multiply_float_rows<Isa, WeightType::float32>;
+  for (int64_t row = 0; row < p.rows; row += Isa::kRows) {
+    const int64_t rows = p.rows - row < Isa::kRows ? p.rows - row : Isa::kRows;
+    float* const out = p.y + row * p.stride;
+    multiply_some(rows, p, p.x + row * p.k, bias, whole ? out : edge, whole ? p.stride : kPanelChannels);
+    if (!whole)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int c = 0; c < p.channels; ++c) out[r * p.stride + c] = edge[r * kPanelChannels + c];
+  }
+}

@@ -122,3 +122,46 @@ bool normalize_quantize(const float* x, int64_t k, const Norm& norm, float scale
   });
   return finite.result() == 0.0f;
 }
+
+template <class Isa, Activation kActivation>
+typename Isa::Float activated(typename Isa::Float x) {
+  using Float = typename Isa::Float;
+  const Float zero = Isa::splat(0.0f), one = Isa::splat(1.0f), half = Isa::splat(0.5f);
+  if constexpr (kActivation == Activation::silu) {
+    const Float e = exponential<Isa>(Isa::min(Isa::splat(87.0f), Isa::subtract(zero, x)));
+    return Isa::divide(x, Isa::add(one, e));
+  } else if constexpr (kActivation == Activation::gelu_tanh) {
+    // 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))
+    const Float cube = Isa::multiply(Isa::multiply(x, x), x);
+    const Float inner = Isa::multiply(Isa::splat(0.797884561f), Isa::multiply_add(Isa::splat(0.044715f), cube, x));
+    return Isa::multiply(Isa::multiply(half, x), Isa::add(one, hyperbolic_tangent<Isa>(inner)));
+  } else if constexpr (kActivation == Activation::gelu) {
+    const Float y = error_function<Isa>(Isa::multiply(Isa::absolute(x), Isa::splat(0.707106781f)));
+    return Isa::multiply(Isa::multiply(half, x), Isa::where_less(x, zero, Isa::subtract(one, y), Isa::add(one, y)));
+  } else {
+    return Isa::where_less(x, zero, zero, x);
+  }
+}
+
+template <class Isa, Activation kActivation>
+void activate_row(const float* x, const float* up, int64_t k, float* out) {
+  for_vectors<Isa>(x, k, [&](int64_t i, int count, typename Isa::Float v) {
+    auto y = activated<Isa, kActivation>(v);
+    if (up) y = Isa::multiply(y, load_some<Isa>(up + i, count));
+    store_some<Isa>(out + i, count, y);
+  });
+}
+
+template <class Isa>
+void activate(Activation activation, const float* x, const float* up, int64_t k, float* out) {
+  switch (activation) {
+    case Activation::silu:
+      return activate_row<Isa, Activation::silu>(x, up, k, out);
+    case Activation::gelu:
+      return activate_row<Isa, Activation::gelu>(x, up, k, out);
+    case Activation::gelu_tanh:
+      return activate_row<Isa, Activation::gelu_tanh>(x, up, k, out);
+    case Activation::relu:
+      return activate_row<Isa, Activation::relu>(x, up, k, out);
+  }
+}

@@ -161,6 +161,8 @@ void test_attention(const Kernels& kernels, Workspace& workspace, int64_t m, int
   for (auto& slope : slopes) slope = static_cast<float>(uniform(0, 0.5));
   const Attention attention{.queries = queries.data,
                             .outputs = out.data,
+                            .query_stride = heads * d,
+                            .output_stride = heads * d,
                             .m = m,
                             .heads = heads,
                             .kv_heads = kv_heads,
@@ -168,6 +170,8 @@ void test_attention(const Kernels& kernels, Workspace& workspace, int64_t m, int
                             .key_pages = keys.data(),
                             .value_pages = values.data(),
                             .page_tokens = page_tokens,
+                            .head_stride = d,
+                            .token_stride = kv_heads * d,
                             .key_scale = 0.02f,
                             .value_scale = 0.05f,
                             .softmax_scale = 0.2f,

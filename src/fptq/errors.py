@@ -8,9 +8,12 @@
     ├── CalibrationError            no, too little or broken calibration text
     ├── QuantizationError           the numbers don't work out: group size, NaN activations
     ├── CheckpointError             a quantized folder that is damaged, incomplete or not one of ours
+    ├── UnsupportedModelError       a sound checkpoint with something that the native engine doesn't run
     ├── TextError                   a text file or data set can't be read
     ├── EvaluationError             the evaluation data can't be used
     ├── GenerationError             a prompt or a sampling option that can't be
+    ├── EngineError                 an engine that is closed or full, or whose numbers became infinite
+    ├── TokenizerError              a tokenizer's files are damaged, or a chat template refuses the messages
     ├── KernelError                 a kernel that this CPU can't run, or operands that don't fit it
     ├── OutputError                 the output folder can't be used, or the disk is full
     └── MissingDependencyError      an optional package is needed for this
@@ -43,6 +46,19 @@ class CheckpointError(FPTQError):
     """A quantized checkpoint is damaged, incomplete or of another kind."""
 
 
+class UnsupportedModelError(FPTQError):
+    """The native engine doesn't run something that a checkpoint needs; it is named.
+
+    Args:
+        what: what that is, as "activation 'mish'".
+        hint: what would be possible.
+    """
+
+    def __init__(self, what: str, hint: str = ""):
+        then = f" ({hint})" if hint else ""
+        super().__init__(f"the engine doesn't run {what}{then}; transformers can: --runtime transformers")
+
+
 class TextError(FPTQError):
     """A text file or a data set can't be read."""
 
@@ -53,6 +69,14 @@ class EvaluationError(FPTQError):
 
 class GenerationError(FPTQError):
     """The prompt or an option of text generation is out of range."""
+
+
+class EngineError(FPTQError):
+    """An engine is closed, its KV cache is full, or its activations became infinite."""
+
+
+class TokenizerError(FPTQError):
+    """A tokenizer's files are damaged, or its chat template refuses the messages."""
 
 
 class KernelError(FPTQError):

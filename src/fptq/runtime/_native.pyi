@@ -8,6 +8,10 @@ def cpu_name() -> str: ...
 class Session:
     def __init__(self, target: str, threads: int, /) -> None: ...
     def pack(self, codes: Array, scales: Array, bits: int, packed: Array, /) -> None: ...
+    def pack_words(self, words: Array, scales: Array, packed: Array, /) -> None: ...
+    def pack_floats(self, weights: Array, bits: int, packed: Array, /) -> None: ...
+    def multiply_floats(self, packed: Array, bits: int, x: Array, bias: Array | None, y: Array, /) -> None: ...
+    def activate(self, activation: int, x: Array, up: Array | None, out: Array, /) -> None: ...
     def multiply(
         self,
         packed: Array,
@@ -56,3 +60,54 @@ class Session:
     ) -> None: ...
     def read(self, data: Array, /) -> None: ...
     def dot(self, steps: int, /) -> int: ...
+
+_Norm = tuple[Array, Array | None, float, bool] | None
+_Matrix = tuple[Array, int, int, int, int, Array | None, float | None, int]
+
+class Decoder:
+    def __init__(
+        self,
+        session: Session,
+        *,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        inner: int,
+        activation: int,
+        softmax_scale: float,
+        attention_softcap: float,
+        logit_softcap: float,
+        alibi_slopes: Array | None,
+        residual_from_norm: bool,
+    ) -> None: ...
+    def set_embedding(
+        self,
+        *,
+        data: Array,
+        n: int,
+        k: int,
+        group_size: int,
+        bits: int,
+        scale: float,
+        positions: Array | None,
+        norm: _Norm,
+    ) -> None: ...
+    def add_block(
+        self,
+        *,
+        norms: list[_Norm],
+        projections: list[list[_Matrix]],
+        columns: list[int],
+        key_column: int,
+        value_column: int,
+        up_column: int,
+        rotation: tuple[Array, Array] | None,
+        window: int,
+        key_scale: float,
+        value_scale: float,
+    ) -> None: ...
+    def set_head(self, *, norm: _Norm, head: list[_Matrix], columns: int) -> None: ...
+    def forward(
+        self, tokens: Array, runs: list[tuple[int, int, Array]], cache: Array, wanted: Array, logits: Array, /
+    ) -> int: ...

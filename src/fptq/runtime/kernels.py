@@ -15,9 +15,12 @@ import os
 import platform
 import threading
 from dataclasses import dataclass
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from fptq import numerics
 from fptq.errors import KernelError
 from fptq.runtime import reference
 
@@ -35,6 +38,12 @@ MAX_THREADS = 1024
 _SMALLEST_SCALE, _LARGEST_SCALE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 MAX_GROUP_SIZE = {4: 2**20, 8: 2**16}
 """The largest groups whose sums stay in int32: 255·128·2^16 < 2^31, and 15·128·2^20 < 2^31."""
+
+FLOAT_BITS = {"bfloat16": 16, "float32": 32}
+"""Bits of the float types that weights may have."""
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+"""What `Kernels.activate` knows, in the order of native/kernels.h."""
 
 
 def targets() -> dict[str, str]:
@@ -82,8 +91,8 @@ class Weights:
         data: uint8 [bytes], the layout of docs/kernels.md.
         n: out_features.
         k: in_features.
-        group_size: inputs that share a scale.
-        bits: 4 or 8.
+        group_size: inputs that share a scale; k for float weights, which have none.
+        bits: 4 or 8, or 16 and 32 for bfloat16 and float32.
     """
 
     data: Array
@@ -93,6 +102,9 @@ class Weights:
     bits: int
 
     def __post_init__(self) -> None:
+        if self.bits in FLOAT_BITS.values():
+            _check("packed weights", self.data, np.uint8, (reference.packed_bytes(self.n, self.k, self.k, self.bits),))
+            return
         largest = MAX_GROUP_SIZE.get(self.bits, 0)
         if min(self.n, self.k) < 1 or not 1 <= self.group_size <= largest or self.k % self.group_size:
             raise KernelError(
@@ -190,6 +202,47 @@ class Kernels:
         data = self._memory.take(reference.packed_bytes(n, k, size, bits))
         self._session.pack(codes, scales, bits, data)
         return Weights(data, n, k, size, bits)
+
+    def pack_words(self, words: Array, scales: Array) -> Weights:
+        """Return an int4 matrix in the kernels' layout, from the words of a checkpoint: `pack` without unpacking.
+
+        Args:
+            words: int32 [n, k / 8], eight codes each, as docs/checkpoint.md has them.
+            scales: bfloat16 [n, G], for groups of a multiple of 8 inputs.
+
+        Raises:
+            KernelError: wrong shapes or dtypes.
+        """
+        words = _check("words", words, np.int32, (None, None))
+        n, k = words.shape[0], 8 * words.shape[1]
+        scales = _check("scales", scales, np.dtype(ml_dtypes.bfloat16), (n, None))
+        groups = scales.shape[1]
+        if not n or not k or not groups or k % (8 * groups) or k // groups > MAX_GROUP_SIZE[4]:
+            raise KernelError(f"words of {[n, k]} codes with {groups} scales a row: needed groups of a multiple of 8")
+        size = k // groups
+        if self._session is None:
+            return self.pack(numerics.unpack_int4(words), scales.astype(np.float32), bits=4)
+        data = self._memory.take(reference.packed_bytes(n, k, size, 4))
+        self._session.pack_words(words.view(np.uint32), scales.view(np.uint16), data)
+        return Weights(data, n, k, size, 4)
+
+    def pack_floats(self, weights: Array) -> Weights:
+        """Return float weights [n, k], bfloat16 or float32, in the kernels' layout.
+
+        Raises:
+            KernelError: another dtype, or no matrix.
+        """
+        bits = FLOAT_BITS.get(weights.dtype.name)
+        if bits is None or weights.ndim != 2 or not weights.size:
+            raise KernelError(
+                f"float weights are {weights.dtype} {list(weights.shape)}: needed bfloat16 or float32 [n, k]"
+            )
+        n, k = weights.shape
+        if self._session is None:
+            return Weights(reference.pack_floats(weights), n, k, k, bits)
+        data = self._memory.take(reference.packed_bytes(n, k, k, bits))
+        self._session.pack_floats(np.ascontiguousarray(weights).view(np.uint8), bits, data)
+        return Weights(data, n, k, k, bits)
 
     def matmul(
         self, weights: Weights, activations: Array, activation_scales: Array, bias: Array | None = None
@@ -303,7 +356,7 @@ class Kernels:
 
         Args:
             queries: float32 [m, heads, head_dim], of consecutive positions.
-            keys: int8 [pages, page_tokens, kv_heads, head_dim]: all pages of a cache. kv_heads divides heads.
+            keys: int8 [pages, kv_heads, page_tokens, head_dim]: all pages of a cache. kv_heads divides heads.
             values: likewise.
             key_scale: step size of the keys' codes.
             value_scale: step size of the values' codes.
@@ -318,7 +371,7 @@ class Kernels:
         m, heads, head_dim = queries.shape
         keys = _check("keys", keys, np.int8, (None, None, None, head_dim))
         values = _check("values", values, np.int8, keys.shape)
-        all_pages, page_tokens, kv_heads, _ = keys.shape
+        all_pages, kv_heads, page_tokens, _ = keys.shape
         table = np.arange(all_pages) if pages is None else pages
         table = _check("pages", table, np.int64, (None,))
         alibi_slopes = _check_optional("alibi_slopes", alibi_slopes, (heads,))
@@ -334,7 +387,7 @@ class Kernels:
         if m and first_position + m > table.size * page_tokens:
             raise KernelError(f"{first_position + m} positions, but {table.size} pages of {page_tokens}")
         if self._session is None:
-            gathered = (cache[table].reshape(-1, kv_heads, head_dim) for cache in (keys, values))
+            gathered = (c[table].swapaxes(1, 2).reshape(-1, kv_heads, head_dim) for c in (keys, values))
             result = reference.attention(
                 queries,
                 *gathered,
@@ -364,6 +417,44 @@ class Kernels:
         )
         return out
 
+    def linear_float(self, weights: Weights, x: Array, bias: Array | None = None) -> Array:
+        """Return float32 [m, n] = x·Wᵀ (+ bias) for float weights and x float32 [m, k].
+
+        The error of y is at most (k + 1) · 2^-24 · (Σ |x·w| + |bias|).
+        """
+        x = _check("x", x, np.float32, (None, weights.k))
+        bias = _check_optional("bias", bias, (weights.n,))
+        if weights.bits not in FLOAT_BITS.values():
+            raise KernelError(f"weights of {weights.bits} bits aren't float")
+        if self._session is None:
+            y = x.astype(np.float64) @ reference.unpack_floats(weights.data, weights.n, weights.k, weights.bits).T
+            return (y if bias is None else y + bias).astype(np.float32)
+        y = np.empty((x.shape[0], weights.n), np.float32)
+        self._session.multiply_floats(weights.data, weights.bits, x, bias, y)
+        return y
+
+    def activate(self, activation: str, x: Array, up: Array | None = None) -> Array:
+        """Return activation(x) for x float32 [m, k], times `up` [m, k] if given: what an MLP does to its inner row.
+
+        Args:
+            activation: one of `ACTIVATIONS`; "gelu_tanh" is the approximation by tanh.
+            x: the row, of a gated MLP the gate's.
+            up: the other factor of a gated MLP.
+        """
+        if activation not in ACTIVATIONS:
+            raise KernelError(f"activation '{activation}': there are {', '.join(ACTIVATIONS)}")
+        x = _check("x", x, np.float32, (None, None))
+        up = None if up is None else _check("up", up, np.float32, x.shape)
+        if self._session is None:
+            return reference.activate(activation, x, up).astype(np.float32)
+        out = np.empty(x.shape, np.float32)
+        self._session.activate(ACTIVATIONS.index(activation), x, up, out)
+        return out
+
+    def new_decoder(self, **sizes: Any) -> _native.Decoder:
+        """Return an empty native decoder on these threads, for `fptq.runtime.decoder` to fill."""
+        return _native.Decoder(self._native_session(), **sizes)
+
     def measure_read(self, data: Array) -> None:
         """Read every byte of a uint8 array with all threads: timed, the bandwidth that kernels can reach."""
         self._native_session().read(_check("data", data, np.uint8, (None,)))
@@ -374,11 +465,11 @@ class Kernels:
 
     def _native_session(self) -> _native.Session:
         if self._session is None:
-            raise KernelError("the numpy reference has no limits to measure; install the native kernels")
+            raise KernelError("the numpy reference can't do this; install the native kernels")
         return self._session
 
 
-def _check(name: str, array: Array, dtype: type, shape: tuple[int | None, ...]) -> Array:
+def _check(name: str, array: Array, dtype: type | np.dtype, shape: tuple[int | None, ...]) -> Array:
     """Return `array` in C order, or raise KernelError if its dtype or shape isn't what is needed (None: any)."""
     fits = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == len(shape)
     if fits:

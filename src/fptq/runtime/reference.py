@@ -6,6 +6,9 @@ everything is float64, so that a kernel's error can be bounded against it.
 
 from __future__ import annotations
 
+import math
+
+import ml_dtypes
 import numpy as np
 
 from fptq import numerics
@@ -17,7 +20,9 @@ STEP_INPUTS = 4
 
 
 def packed_bytes(n: int, k: int, group_size: int, bits: int) -> int:
-    """Return the size of packed weights."""
+    """Return the size of packed weights; float weights, of 16 or 32 bits, have no scales."""
+    if bits > 8:
+        return -(-n // PANEL_CHANNELS) * PANEL_CHANNELS * k * bits // 8
     steps = -(-group_size // STEP_INPUTS)
     step_bytes = PANEL_CHANNELS * STEP_INPUTS * bits // 8
     return -(-n // PANEL_CHANNELS) * (k // group_size) * (steps * step_bytes + 2 * PANEL_CHANNELS)
@@ -60,6 +65,36 @@ def unpack(packed: Array, n: int, k: int, group_size: int, bits: int) -> tuple[A
     upper = np.ascontiguousarray(by_group[..., -2 * PANEL_CHANNELS :]).view("<u2").astype(np.uint32) << 16
     scales = upper.view(np.float32).transpose(0, 2, 1).reshape(panels * PANEL_CHANNELS, groups)
     return codes[:n, :, :group_size].reshape(n, k), scales[:n].copy()
+
+
+def pack_floats(weights: Array) -> Array:
+    """Return float weights [n, k] in the kernels' layout, panels of [k, 32], as uint8 [packed_bytes]."""
+    n, k = weights.shape
+    padded = np.zeros((-(-n // PANEL_CHANNELS) * PANEL_CHANNELS, k), weights.dtype)
+    padded[:n] = weights
+    panels = padded.reshape(-1, PANEL_CHANNELS, k).swapaxes(1, 2)
+    return np.ascontiguousarray(panels).view(np.uint8).reshape(-1)
+
+
+def unpack_floats(packed: Array, n: int, k: int, bits: int) -> Array:
+    """Return packed float weights as float64 [n, k]."""
+    dtype = np.dtype(np.float32) if bits == 32 else np.dtype(ml_dtypes.bfloat16)
+    panels = packed.view(dtype).reshape(-1, k, PANEL_CHANNELS)
+    return panels.swapaxes(1, 2).reshape(-1, k)[:n].astype(np.float64)
+
+
+def activate(activation: str, x: Array, up: Array | None) -> Array:
+    """Return activation(x) for x [m, k], times `up` if given, in float64."""
+    rows = x.astype(np.float64)
+    if activation == "relu":
+        y = np.where(rows < 0, 0.0, rows)
+    elif activation == "silu":
+        y = rows / (1 + np.exp(-rows))
+    elif activation == "gelu_tanh":
+        y = 0.5 * rows * (1 + np.tanh(math.sqrt(2 / math.pi) * (rows + 0.044715 * rows**3)))
+    else:
+        y = 0.5 * rows * (1 + np.vectorize(math.erf, otypes=[np.float64])(rows / math.sqrt(2)))
+    return y if up is None else y * up
 
 
 def matmul(codes: Array, scales: Array, activations: Array, activation_scales: Array, bias: Array | None) -> Array:

@@ -1,0 +1,395 @@
+"""The engine: a checkpoint that writes text, with numpy and native code alone.
+
+    with Engine.open("SmolLM2-135M-W4A8") as engine:
+        prompt = engine.tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+        for piece in engine.generate(prompt, max_new_tokens=64):
+            print(piece.text, end="", flush=True)
+
+Products are computed from the very codes and scales of the file, keys and values are int8 in pages.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fptq.checkpoint import Checkpoint
+from fptq.errors import EngineError, GenerationError
+from fptq.runtime.blueprint import Blueprint, blueprint
+from fptq.runtime.decoder import MAX_ROWS, Decoder, Run, make_decoder
+from fptq.runtime.kernels import Kernels
+from fptq.runtime.kv_cache import PageCache, Sequence, whole_pages
+from fptq.runtime.sampling import Sampler, Sampling, log_probabilities, top_log_probabilities
+from fptq.runtime.stopping import StopStrings
+from fptq.runtime.tokenizer import TextStream, Tokenizer
+from fptq.runtime.weights import DecoderWeights, load_weights
+
+Array = np.ndarray
+
+DEFAULT_CONTEXT = 8192
+PREFILL_ROWS = 256
+"""Tokens of a prompt that one step takes: enough to keep the arithmetic busy, few enough to stay in the caches."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step adds to a text.
+
+    Attributes:
+        token: its id.
+        text: what has become certain of the text; stop strings and special tokens are left out.
+        finish_reason: with the last piece "stop" (an end token or a stop string) or "length" (max_new_tokens, or the
+            context is full); else None.
+        log_probability: of the token, natural, before temperature and the like; None unless it was asked for.
+        alternatives: the likeliest tokens with theirs, likeliest first.
+    """
+
+    token: int
+    text: str
+    finish_reason: str | None = None
+    log_probability: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished text: its tokens (an end token included), the text, why it ended, and the pieces it came in."""
+
+    tokens: tuple[int, ...]
+    text: str
+    finish_reason: str
+    pieces: tuple[Piece, ...]
+
+
+class Engine:
+    """A model in memory, with a KV cache and threads of its own. One caller at a time.
+
+    Attributes:
+        folder: the checkpoint's.
+        plan: the decoder as data.
+        weights: its arrays.
+        cache: the KV cache's pages.
+        context: tokens that a sequence may have.
+        kernels: the kernels and threads that run it.
+    """
+
+    def __init__(self, folder: Path, plan: Blueprint, weights: DecoderWeights, cache: PageCache, kernels: Kernels):
+        self.folder = folder
+        self.plan = plan
+        self.weights = weights
+        self.cache = cache
+        self.context = cache.tokens
+        self.kernels = kernels
+        self._decoder: Decoder | None = make_decoder(kernels, weights)
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, *, threads: int | None = None, context: int | None = None, sequences: int = 1
+    ) -> Engine:
+        """Return an engine for the checkpoint in `folder`.
+
+        Args:
+            folder: a checkpoint folder.
+            threads: that work on a step; by default as many as there are CPUs for this process.
+            context: tokens that a sequence may have; by default what the model was made for, up to DEFAULT_CONTEXT.
+            sequences: the cache has room for so many sequences of full length.
+
+        Raises:
+            CheckpointError: the folder isn't a sound checkpoint.
+            UnsupportedModelError: the engine doesn't run it; the message says what.
+            KernelError: so many threads can't be.
+            EngineError: the model isn't made for such a context.
+        """
+        kernels = Kernels(threads=threads)
+        checkpoint = Checkpoint.open(folder)
+        plan = blueprint(checkpoint.config)
+        most = plan.context or DEFAULT_CONTEXT
+        context = min(most, DEFAULT_CONTEXT) if context is None else context
+        if context < 1 or sequences < 1 or (plan.context and context > plan.context):
+            raise EngineError(
+                f"context {context}, sequences {sequences}: needed at least 1, and a context of at most "
+                f"{plan.context or 'any length'}, which the model was made for"
+            )
+        weights = load_weights(checkpoint, plan, kernels, context)
+        engine = cls(checkpoint.folder, plan, weights, PageCache(plan, sequences * whole_pages(context)), kernels)
+        engine.context = context
+        return engine
+
+    def close(self) -> None:
+        """End the threads and give the memory back; nothing can be run any more."""
+        self._decoder = None
+        del self.weights, self.cache, self.kernels
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._decoder is not None:
+            self.close()
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer, opened when it is first needed; None if it has none."""
+        return Tokenizer.open(self.folder)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights: what decoding a token reads."""
+        return self.weights.nbytes
+
+    def sequence(self) -> Sequence:
+        """Return an empty sequence; `close` it to give its pages back."""
+        return Sequence(self._open().cache, self.context)
+
+    def forward(self, batch: Ids[tuple[Sequence, Ids[int]]], *, all_positions: bool = False) -> Array:
+        """Append tokens to sequences and return the logits float32 [rows, vocabulary] of what comes after.
+
+        Args:
+            batch: sequences, each once, with their new tokens, at least one.
+            all_positions: return a row for each token, not only for each sequence's last.
+
+        Raises:
+            GenerationError: no tokens, or ids that aren't in the vocabulary.
+            EngineError: a sequence becomes longer than the context, the cache is full, or the engine is closed.
+        """
+        decoder = self._open()._decoder
+        assert decoder is not None
+        pending = deque((sequence, self._checked(ids)) for sequence, ids in batch)
+        if len({id(sequence) for sequence, _ in pending}) < len(pending):
+            raise EngineError("a sequence appears twice in a batch")
+        pages = {id(sequence): sequence.reserve(sequence.length + len(ids)) for sequence, ids in pending}
+        logits: list[Array] = []
+        while pending:
+            tokens, runs, wanted, room = [], [], [], PREFILL_ROWS if len(pending[0][1]) > 1 else MAX_ROWS
+            advanced = []
+            rows = 0
+            while pending and rows < room:
+                sequence, ids = pending.popleft()
+                part, rest = ids[: room - rows], ids[room - rows :]
+                runs.append(Run(len(part), sequence.length, pages[id(sequence)]))
+                tokens.append(part)
+                rows += len(part)
+                if all_positions:
+                    wanted += range(rows - len(part), rows)
+                elif not len(rest):
+                    wanted.append(rows - 1)
+                advanced.append((sequence, len(part)))
+                if len(rest):
+                    pending.appendleft((sequence, rest))
+                    break
+            logits.append(decoder.step(np.concatenate(tokens), runs, self.cache.data, np.array(wanted, np.int64)))
+            for sequence, count in advanced:
+                sequence.length += count
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+
+    def logits(self, ids: Ids[int]) -> Array:
+        """Return the logits float32 [tokens, vocabulary] after every token of a text; see `score` for long ones."""
+        return np.concatenate(list(self.score(ids)))
+
+    def score(self, ids: Ids[int]) -> Iterator[Array]:
+        """Yield the logits after every token of a text in pieces float32 [up to PREFILL_ROWS, vocabulary]."""
+        ids = self._checked(ids)
+        sequence = self.sequence()
+        try:
+            sequence.reserve(len(ids))
+            for start in range(0, len(ids), PREFILL_ROWS):
+                yield self.forward([(sequence, ids[start : start + PREFILL_ROWS])], all_positions=True)
+        finally:
+            sequence.close()
+
+    def generate(
+        self,
+        prompt: Ids[int],
+        *,
+        sampling: Sampling | None = None,
+        max_new_tokens: int | None = None,
+        stop: Iterable[str] = (),
+        stop_ids: Iterable[int] | None = None,
+        log_probabilities: int | None = None,
+        sequence: Sequence | None = None,
+    ) -> Iterator[Piece]:
+        """Yield a text's continuation token by token.
+
+        Args:
+            prompt: token ids.
+            sampling: how tokens are chosen; by default the likeliest each time.
+            max_new_tokens: stop after so many; by default when the context is full.
+            stop: strings at which the text ends; they need a tokenizer.
+            stop_ids: tokens at which it ends; by default the tokenizer's.
+            log_probabilities: give each token's, and those of so many alternatives.
+            sequence: where the text is kept, with the beginning of the prompt if it has been there before; by default
+                a sequence that is closed at the end.
+
+        Raises:
+            GenerationError: the prompt is empty, leaves no room in the context, or has ids outside the vocabulary; an
+                option is out of range.
+            EngineError: the cache is full, or the engine is closed.
+        """
+        text = self._text(prompt, sampling, max_new_tokens, stop, stop_ids, log_probabilities, sequence)
+        return self._run(text, keep=sequence is not None)
+
+    def generate_batch(
+        self,
+        prompts: Iterable[Ids[int]],
+        *,
+        concurrent: int | None = None,
+        sampling: Sampling | None = None,
+        max_new_tokens: int | None = None,
+        stop: Iterable[str] = (),
+        stop_ids: Iterable[int] | None = None,
+        log_probabilities: int | None = None,
+    ) -> list[Completion]:
+        """Return the continuations of several prompts, decoded together: each is what it would be alone.
+
+        Args:
+            prompts: token ids of each.
+            concurrent: how many run at a time; by default as many as the cache has room for at full length.
+            sampling: and so on: as for `generate`.
+            max_new_tokens: of each.
+            stop: of each.
+            stop_ids: of each.
+            log_probabilities: of each.
+        """
+        stop, stop_ids = list(stop), None if stop_ids is None else list(stop_ids)
+        waiting = deque(
+            self._text(prompt, sampling, max_new_tokens, stop, stop_ids, log_probabilities, None) for prompt in prompts
+        )
+        texts = list(waiting)
+        most = concurrent or self.cache.tokens // whole_pages(self.context)
+        if most < 1:
+            raise GenerationError(f"concurrent {most}: needed at least 1")
+        running: list[_Text] = []
+        try:
+            while waiting or running:
+                while waiting and len(running) < most:
+                    running.append(waiting.popleft())
+                logits = self.forward([(text.sequence, text.pending) for text in running])
+                for text, row in zip(running, logits, strict=True):
+                    text.push(row)
+                    if text.pieces[-1].finish_reason:
+                        text.sequence.close()
+                running = [text for text in running if not text.pieces[-1].finish_reason]
+        finally:
+            for text in texts:
+                text.sequence.close()
+        return [text.completion() for text in texts]
+
+    def _text(
+        self,
+        prompt: Ids[int],
+        sampling: Sampling | None,
+        max_new_tokens: int | None,
+        stop: Iterable[str],
+        stop_ids: Iterable[int] | None,
+        log_probabilities: int | None,
+        sequence: Sequence | None,
+    ) -> _Text:
+        ids = self._checked(prompt)
+        if len(ids) >= self.context:
+            raise GenerationError(
+                f"the prompt has {len(ids)} tokens, the context {self.context}: shorten the prompt, or open the "
+                f"engine with a larger context{f' (up to {self.plan.context})' if self.plan.context else ''}"
+            )
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise GenerationError(f"max_new_tokens {max_new_tokens}: needed at least 1")
+        if log_probabilities is not None and log_probabilities < 0:
+            raise GenerationError(f"log_probabilities {log_probabilities}: needed at least 0")
+        stop = list(stop)
+        if stop and self.tokenizer is None:
+            raise GenerationError("stop strings need a tokenizer, and the checkpoint has none")
+        if stop_ids is None:
+            stop_ids = self.tokenizer.stop_ids if self.tokenizer else ()
+        limit = min(max_new_tokens or self.context, self.context - len(ids))
+        sampler = Sampler(sampling or Sampling(), ids)
+        stream = TextStream(self.tokenizer) if self.tokenizer else None
+        place = self.sequence() if sequence is None else sequence
+        return _Text(
+            place,
+            ids[place.length :],
+            sampler,
+            stream,
+            StopStrings(stop),
+            frozenset(stop_ids),
+            limit,
+            log_probabilities,
+        )
+
+    def _run(self, text: _Text, *, keep: bool) -> Iterator[Piece]:
+        try:
+            while not text.pieces or not text.pieces[-1].finish_reason:
+                text.push(self.forward([(text.sequence, text.pending)])[0])
+                yield text.pieces[-1]
+        finally:
+            if not keep:
+                text.sequence.close()
+
+    def _checked(self, ids: Ids[int]) -> Array:
+        """Return token ids as int32, or raise GenerationError."""
+        array = np.asarray(ids)
+        if array.ndim != 1 or not array.size:
+            raise GenerationError("the prompt is empty: needed at least one token")
+        if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() >= self.plan.vocabulary:
+            raise GenerationError(
+                f"token ids from {array.min()} to {array.max()}: needed integers from 0 to {self.plan.vocabulary - 1}"
+            )
+        return array.astype(np.int32)
+
+    def _open(self) -> Engine:
+        if self._decoder is None:
+            raise EngineError("the engine is closed")
+        return self
+
+
+class _Text:
+    """A text that is being written."""
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        pending: Any,
+        sampler: Sampler,
+        stream: TextStream | None,
+        stops: StopStrings,
+        stop_ids: frozenset[int],
+        limit: int,
+        alternatives: int | None,
+    ):
+        self.sequence = sequence
+        self.pending = pending
+        self.pieces: list[Piece] = []
+        self._sampler = sampler
+        self._stream = stream
+        self._stops = stops
+        self._stop_ids = stop_ids
+        self._limit = limit
+        self._alternatives = alternatives
+
+    def push(self, logits: Array) -> None:
+        """Choose the next token from the logits [vocabulary], and add its piece."""
+        token = self._sampler.choose(logits)
+        self.pending = [token]
+        ended = token in self._stop_ids
+        text, stopped = self._stops.push(self._stream.push(token) if self._stream and not ended else "")
+        reason = "stop" if ended or stopped else "length" if len(self.pieces) + 1 == self._limit else None
+        if reason and not stopped:
+            rest, stopped = self._stops.push(self._stream.finish() if self._stream else "")
+            text += rest if stopped else rest + self._stops.finish()
+            reason = "stop" if stopped else reason
+        probability, others = None, ()
+        if self._alternatives is not None:
+            probability = float(log_probabilities(logits, [token])[0])
+            others = tuple(top_log_probabilities(logits, self._alternatives))
+        self.pieces.append(Piece(token, text, reason, probability, others))
+
+    def completion(self) -> Completion:
+        """Return the finished text."""
+        tokens = tuple(piece.token for piece in self.pieces)
+        text = "".join(piece.text for piece in self.pieces)
+        return Completion(tokens, text, self.pieces[-1].finish_reason or "length", tuple(self.pieces))

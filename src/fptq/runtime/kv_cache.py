@@ -1,0 +1,98 @@
+"""The KV cache: int8 codes in pages that sequences take and give back."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fptq.errors import EngineError
+from fptq.runtime.blueprint import Blueprint
+
+PAGE_TOKENS = 64
+
+
+def whole_pages(tokens: int) -> int:
+    """Return `tokens`, rounded up to whole pages."""
+    return -(-tokens // PAGE_TOKENS) * PAGE_TOKENS
+
+
+class PageCache:
+    """All pages of an engine. The system gives memory to a page when it is first written.
+
+    Attributes:
+        data: int8 [blocks, keys and values, pages, kv_heads, page_tokens, head_dim].
+        tokens: how many fit.
+    """
+
+    def __init__(self, plan: Blueprint, tokens: int):
+        self.tokens = whole_pages(tokens)
+        pages = self.tokens // PAGE_TOKENS
+        self.data = np.zeros((len(plan.blocks), 2, pages, plan.kv_heads, PAGE_TOKENS, plan.head_dim), np.int8)
+        self._free = list(range(pages - 1, -1, -1))
+
+    @property
+    def free_tokens(self) -> int:
+        """How many more tokens fit."""
+        return len(self._free) * PAGE_TOKENS
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all blocks."""
+        return self.data.nbytes // self.tokens
+
+    def take(self, count: int) -> list[int]:
+        """Return the numbers of `count` free pages, which aren't free any more.
+
+        Raises:
+            EngineError: there aren't so many.
+        """
+        if count > len(self._free):
+            raise EngineError(
+                f"the KV cache is full: {count} pages of {PAGE_TOKENS} tokens needed, {len(self._free)} free of "
+                f"{self.data.shape[2]}; close sequences, or open the engine with a larger context or more sequences"
+            )
+        return [self._free.pop() for _ in range(count)]
+
+    def give_back(self, pages: list[int]) -> None:
+        """Make pages free again."""
+        self._free.extend(reversed(pages))
+
+
+class Sequence:
+    """A text's place in the cache.
+
+    Attributes:
+        length: tokens whose keys and values are there.
+        limit: how many there may be.
+    """
+
+    def __init__(self, cache: PageCache, limit: int):
+        self.length = 0
+        self.limit = limit
+        self._cache = cache
+        self._pages: list[int] = []
+
+    def reserve(self, length: int) -> np.ndarray:
+        """Return the pages for so many tokens as int64, after taking what is missing.
+
+        Raises:
+            EngineError: the sequence may not become so long, or the cache is full.
+        """
+        if length > self.limit:
+            raise EngineError(
+                f"{length} tokens don't fit the context of {self.limit}; open the engine with a larger one"
+            )
+        count = -(-length // PAGE_TOKENS)
+        if count > len(self._pages):
+            self._pages += self._cache.take(count - len(self._pages))
+        return np.array(self._pages, np.int64)
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from position `length` on."""
+        self.length = min(self.length, length)
+        count = -(-self.length // PAGE_TOKENS)
+        self._cache.give_back(self._pages[count:])
+        del self._pages[count:]
+
+    def close(self) -> None:
+        """Give all pages back."""
+        self.truncate(0)
