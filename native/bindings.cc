@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu.h"
@@ -123,17 +124,25 @@ class Decoder {
     model_.head = to_projection(head, columns);
   }
 
-  int64_t forward(Array<const int32_t, 1> tokens, const std::vector<RunData>& runs, Array<int8_t, 6> cache,
-                  Array<const int64_t, 1> wanted, Array<float, 2> logits) {
+  int64_t forward(Array<const int32_t, 1> tokens, const std::vector<RunData>& runs, Array<int8_t, 5> keys,
+                  Array<int8_t, 5> values, Array<const int64_t, 1> wanted, Array<float, 2> logits) {
     std::vector<Run> all;
     for (const auto& [rows, first_position, pages] : runs) all.push_back({rows, first_position, pages.data()});
-    const Cache pages{cache.data(), static_cast<int64_t>(cache.shape(2)), static_cast<int64_t>(cache.shape(4))};
+    const Cache cache{keys.data(), values.data(), static_cast<int64_t>(keys.shape(1)),
+                      static_cast<int64_t>(keys.shape(4))};
     int64_t result = -1;
     session_.run([&](const Kernels& k, Workspace& w) {
-      result = fptq::forward(k, model_, pages, tokens.data(), all, wanted.data(), static_cast<int64_t>(wanted.shape(0)),
+      result = fptq::forward(k, model_, cache, tokens.data(), all, wanted.data(), static_cast<int64_t>(wanted.shape(0)),
                              logits.data(), state_, w);
     });
     return result;
+  }
+
+  std::vector<std::tuple<std::string, double>> take_times() {
+    std::vector<std::tuple<std::string, double>> times;
+    for (int stage = 0; stage < kStages; ++stage)
+      times.emplace_back(kStageNames[stage], std::exchange(state_.seconds[stage], 0.0));
+    return times;
   }
 
  private:
@@ -308,8 +317,8 @@ NB_MODULE(_native, m) {
              Array<const int64_t, 1> pages, float key_scale, float value_scale, float softmax_scale, float softcap,
              int64_t first_position, int64_t window, Optional<const float, 1> alibi_slopes, Array<float, 3> out) {
             const auto kv_heads = static_cast<int64_t>(keys.shape(1)),
-                       page_tokens = static_cast<int64_t>(keys.shape(2));
-            const auto head_dim = static_cast<int64_t>(keys.shape(3)), heads = static_cast<int64_t>(queries.shape(1));
+                       page_tokens = static_cast<int64_t>(keys.shape(3));
+            const auto head_dim = static_cast<int64_t>(keys.shape(2)), heads = static_cast<int64_t>(queries.shape(1));
             const int64_t page_bytes = page_tokens * kv_heads * head_dim;
             std::vector<const int8_t*> key_pages, value_pages;
             for (size_t i = 0; i < pages.shape(0); ++i) {
@@ -327,8 +336,6 @@ NB_MODULE(_native, m) {
                                       .key_pages = key_pages.data(),
                                       .value_pages = value_pages.data(),
                                       .page_tokens = page_tokens,
-                                      .head_stride = page_tokens * head_dim,
-                                      .token_stride = head_dim,
                                       .key_scale = key_scale,
                                       .value_scale = value_scale,
                                       .softmax_scale = softmax_scale,
@@ -364,5 +371,6 @@ NB_MODULE(_native, m) {
            nb::arg("key_column"), nb::arg("value_column"), nb::arg("up_column"), nb::arg("rotation").none(),
            nb::arg("window"), nb::arg("key_scale"), nb::arg("value_scale"))
       .def("set_head", &Decoder::set_head, nb::arg("norm").none(), nb::arg("head"), nb::arg("columns"))
-      .def("forward", &Decoder::forward, array, number, array, array, array);
+      .def("forward", &Decoder::forward, array, number, array, array, array, array)
+      .def("take_times", &Decoder::take_times);
 }

@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -15,6 +16,9 @@ struct Input {
   const Activation* activation = nullptr;
   int64_t up_column = 0;  // with an activation: of the factor, 0 for none
 };
+
+constexpr int64_t kLine = 64;
+constexpr int64_t kKeysWorthAPart = 128;
 
 float bfloat16_at(const uint8_t* p) {
   uint16_t upper;
@@ -48,6 +52,7 @@ class Step {
     x_ = state_.hidden.reserve_array<float>(rows_ * model_.hidden);
     y_ = state_.output.reserve_array<float>(rows_ * model_.hidden);
     embed(tokens);
+    spent(kEmbedding);
     const auto blocks = static_cast<int64_t>(model_.blocks.size());
     for (int64_t b = 0; b < blocks && finite_; ++b) {
       const bool last = b + 1 == blocks;
@@ -56,12 +61,20 @@ class Step {
       if (last && wanted_count == 0) return -1;
     }
     project(model_.head, {.data = x_, .stride = model_.hidden, .norm = &model_.final_norm}, logits);
+    spent(kHead);
     if (!finite_) return blocks;
     if (model_.logit_softcap != 0.0f) cap(logits);
     return -1;
   }
 
  private:
+  // Counts the time since the last call for a stage.
+  void spent(Stage stage) {
+    const auto now = std::chrono::steady_clock::now();
+    state_.seconds[stage] += std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+  }
+
   // Which run and position every row has.
   void place_rows() {
     state_.run_of.clear();
@@ -122,19 +135,23 @@ class Step {
       for_rows(rows_, block.qkv.columns, workspace_, [&](int64_t row, int) {
         for (int64_t h = 0; h < model_.kv_heads; ++h) enter_cache(index, row, h);
       });
+      spent(kCaching);
     }
     if (wanted) keep_rows(wanted, wanted_count, block.qkv.columns);
     if (rows_ == 0) return;
     attend(index, alone);
+    spent(kAttention);
     const int64_t width = model_.heads * model_.head_dim;
     project(block.attention_output, {.data = attended_, .stride = width}, y_);
     add(block.attention_norm, block.attention_output_norm);
+    spent(kResiduals);
     auto* const inner = state_.inner.reserve_array<float>(rows_ * block.up.columns);
     project(block.up, {.data = x_, .stride = hidden, .norm = &block.mlp_norm}, inner);
     project(block.down,
             {.data = inner, .stride = block.up.columns, .activation = &model_.activation, .up_column = block.up_column},
             y_);
     add(block.mlp_norm, block.mlp_output_norm);
+    spent(kResiduals);
   }
 
   // The rows `wanted` (ascending) alone; each becomes a run of its own.
@@ -152,9 +169,8 @@ class Step {
     place_rows();
   }
 
-  int8_t* page(int64_t block, int64_t value, int64_t page) const {
-    const int64_t bytes = cache_.page_tokens * model_.kv_heads * model_.head_dim;
-    return cache_.data + ((block * 2 + value) * cache_.pages + page) * bytes;
+  int8_t* page(int8_t* cache, int64_t block, int64_t number) const {
+    return cache + (block * cache_.pages + number) * cache_.page_tokens * model_.kv_heads * model_.head_dim;
   }
 
   // Queries, key and value of a row that belong to one key/value head: norms, rotation; key and value into the cache.
@@ -170,26 +186,31 @@ class Step {
     for (int64_t h = kv_head * shared; h < (kv_head + 1) * shared; ++h) place(states + h * d, block.query_norm);
     place(key, block.key_norm);
     const int64_t number = runs_[state_.run_of[row]].pages[position / cache_.page_tokens];
-    const int64_t offset = (kv_head * cache_.page_tokens + position % cache_.page_tokens) * d;
-    kernels_.quantize(key, d, block.key_scale, page(index, 0, number) + offset);
-    kernels_.quantize(states + block.value_column + kv_head * d, d, block.value_scale, page(index, 1, number) + offset);
+    const int64_t token = position % cache_.page_tokens, head = kv_head * cache_.page_tokens * d;
+    int8_t* const keys = page(cache_.keys, index, number) + head + token;
+    for (int64_t i = 0; i < d; i += kLine) {
+      int8_t codes[kLine];
+      const int64_t count = std::min(kLine, d - i);
+      kernels_.quantize(key + i, count, block.key_scale, codes);
+      for (int64_t j = 0; j < count; ++j) keys[(i + j) * cache_.page_tokens] = codes[j];
+    }
+    kernels_.quantize(states + block.value_column + kv_head * d, d, block.value_scale,
+                      page(cache_.values, index, number) + head + token * d);
   }
 
-  // Attention of all rows; with `alone` every run is one row, which a task also enters into the cache.
+  // Attention of all rows; with `alone` every run is one row, which the first task of a head enters into the cache.
   void attend(int64_t index, bool alone) {
     const Block& block = model_.blocks[index];
-    const int64_t width = model_.heads * model_.head_dim;
+    const int64_t width = model_.heads * model_.head_dim, kv_heads = model_.kv_heads;
     attended_ = state_.attended.reserve_array<float>(rows_ * width);
-    struct Piece {
-      int64_t run, kv_head, first, rows;
-    };
-    std::vector<Attention> attentions;
-    std::vector<Piece> pieces;
+    auto& attentions = state_.attentions;
+    auto& pieces = state_.pieces;
+    attentions.clear();
+    pieces.clear();
     list_pages(index);
     const int8_t* const* pages = state_.pages.data();
     int64_t row = 0;
-    for (size_t r = 0; r < runs_.size(); ++r) {
-      const Run& run = runs_[r];
+    for (const Run& run : runs_) {
       const int64_t count = divide_up(run.first_position + run.rows, cache_.page_tokens);
       attentions.push_back({.queries = qkv_ + row * block.qkv.columns,
                             .outputs = attended_ + row * width,
@@ -197,13 +218,11 @@ class Step {
                             .output_stride = width,
                             .m = run.rows,
                             .heads = model_.heads,
-                            .kv_heads = model_.kv_heads,
+                            .kv_heads = kv_heads,
                             .head_dim = model_.head_dim,
                             .key_pages = pages,
                             .value_pages = pages + count,
                             .page_tokens = cache_.page_tokens,
-                            .head_stride = cache_.page_tokens * model_.head_dim,
-                            .token_stride = model_.head_dim,
                             .key_scale = block.key_scale,
                             .value_scale = block.value_scale,
                             .softmax_scale = model_.softmax_scale,
@@ -212,27 +231,76 @@ class Step {
                             .window = block.window,
                             .alibi_slopes = model_.alibi_slopes});
       pages += 2 * count;
-      const int64_t together = rows_together(kernels_, attentions.back()), blocks = divide_up(run.rows, together);
-      // Late rows see most keys: they go first, so that the threads end together.
-      for (int64_t b = blocks - 1; b >= 0; --b)
-        for (int64_t h = 0; h < model_.kv_heads; ++h)
-          pieces.push_back({static_cast<int64_t>(r), h, b * together, std::min(together, run.rows - b * together)});
       row += run.rows;
+    }
+    if (alone) return attend_single_rows(index);
+    for (int64_t r = 0; r < static_cast<int64_t>(runs_.size()); ++r) {
+      const int64_t rows = runs_[r].rows, together = rows_together(kernels_, attentions[r]);
+      // Late rows see most keys: they go first, so that the threads end together.
+      for (int64_t first = (divide_up(rows, together) - 1) * together; first >= 0; first -= together)
+        for (int64_t h = 0; h < kv_heads; ++h) pieces.push_back({r, h, first, std::min(together, rows - first)});
     }
     workspace_.pool.run(static_cast<int64_t>(pieces.size()), [&](int64_t i, int thread) {
       const Piece& piece = pieces[i];
-      if (alone) enter_cache(index, piece.run, piece.kv_head);
-      attend_block(kernels_, attentions[piece.run], piece.kv_head, piece.first, piece.rows, workspace_.scratch[thread]);
+      attend_block(kernels_, attentions[piece.run], piece.kv_head, piece.first, piece.count,
+                   workspace_.scratch[thread]);
     });
+  }
+
+  // One row of each run. If there are few of them, the keys are looked at in parts, so that all threads have work.
+  void attend_single_rows(int64_t index) {
+    const Block& block = model_.blocks[index];
+    const int64_t kv_heads = model_.kv_heads, d = model_.head_dim, shared = model_.heads / kv_heads;
+    const auto runs = static_cast<int64_t>(runs_.size());
+    const int64_t threads = workspace_.pool.threads();
+    const int64_t most = threads == 1 ? 1 : divide_up(4 * threads, kv_heads * runs);
+    auto& pieces = state_.pieces;
+    for (int64_t r = 0; r < runs; ++r) {
+      const int64_t end = runs_[r].first_position + 1;
+      const int64_t begin = block.window ? std::max<int64_t>(0, end - block.window) : 0;
+      const int64_t parts = std::clamp<int64_t>((end - begin) / kKeysWorthAPart, 1, most);
+      const int64_t length = divide_up(divide_up(end - begin, parts), kKeyBlock) * kKeyBlock;
+      // The part with the row's own key comes first, and that task puts it into the cache.
+      int64_t first = begin / kKeyBlock * kKeyBlock;
+      for (first += (end - 1 - first) / length * length; first + length > begin; first -= length)
+        for (int64_t h = 0; h < kv_heads; ++h) pieces.push_back({r, h, first, length});
+    }
+    if (static_cast<int64_t>(pieces.size()) == runs * kv_heads) {
+      workspace_.pool.run(runs * kv_heads, [&](int64_t i, int thread) {
+        const Piece& piece = pieces[i];
+        enter_cache(index, piece.run, piece.kv_head);
+        attend_block(kernels_, state_.attentions[piece.run], piece.kv_head, 0, 1, workspace_.scratch[thread]);
+      });
+      return;
+    }
+    for (int64_t r = 0; r < runs; ++r)
+      for (int64_t h = 0; h < kv_heads; ++h) enter_cache(index, r, h);
+    const int64_t part = shared * (d + 2);
+    auto* const partial = state_.partial.reserve_array<float>(static_cast<int64_t>(pieces.size()) * part);
+    workspace_.pool.run(static_cast<int64_t>(pieces.size()), [&](int64_t i, int thread) {
+      const Piece& piece = pieces[i];
+      attend_part(kernels_, state_.attentions[piece.run], piece.kv_head,
+                  {piece.first, piece.first + piece.count, partial + i * part}, workspace_.scratch[thread]);
+    });
+    for (size_t i = 0; i < pieces.size();) {
+      const int64_t run = pieces[i].run;
+      size_t next = i;
+      while (next < pieces.size() && pieces[next].run == run) ++next;
+      const auto parts = static_cast<int64_t>(next - i) / kv_heads;
+      for (int64_t h = 0; h < model_.heads; ++h)
+        merge_parts(partial + (static_cast<int64_t>(i) + h / shared) * part + h % shared * (d + 2), parts,
+                    kv_heads * part, d, block.value_scale, attended_ + run * model_.heads * d + h * d);
+      i = next;
+    }
   }
 
   // Addresses of every run's pages of keys, then of values.
   void list_pages(int64_t index) {
     state_.pages.clear();
     for (const Run& run : runs_)
-      for (int64_t value = 0; value < 2; ++value)
+      for (int8_t* const cache : {cache_.keys, cache_.values})
         for (int64_t p = 0; p * cache_.page_tokens < run.first_position + run.rows; ++p)
-          state_.pages.push_back(page(index, value, run.pages[p]));
+          state_.pages.push_back(page(cache, index, run.pages[p]));
   }
 
   // x += norm(y), or to the normed x.
@@ -274,9 +342,11 @@ class Step {
             workspace_);
         for (int64_t row = 0; row < rows_; ++row) finite_ = finite_ && !std::isnan(tiles.scales[row]);
       }
+      spent(kInputs);
       before = &part;
       multiply_tiles(kernels_, part.shape, part.packed, tiles, part.bias, y + part.column, projection.columns,
                      workspace_);
+      if (&projection != &model_.head) spent(kProducts);
     }
   }
 
@@ -316,6 +386,7 @@ class Step {
   const Cache& cache_;
   State& state_;
   Workspace& workspace_;
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
   std::vector<Run> runs_;
   int64_t rows_ = 0;
   float *x_ = nullptr, *y_ = nullptr, *qkv_ = nullptr, *attended_ = nullptr;

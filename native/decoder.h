@@ -64,9 +64,9 @@ struct Model {
   Projection head;
 };
 
-// Keys and values as int8 [blocks, keys and values, pages, kv_heads, page_tokens, head_dim].
 struct Cache {
-  int8_t* data;
+  int8_t* keys;    // [blocks, pages, kv_heads, head_dim, page_tokens]
+  int8_t* values;  // [blocks, pages, kv_heads, page_tokens, head_dim]
   int64_t pages;
   int64_t page_tokens;
 };
@@ -78,11 +78,24 @@ struct Run {
   const int64_t* pages;  // of the sequence, all up to its last position
 };
 
+// What the time of steps is spent on.
+enum Stage : int { kEmbedding, kInputs, kProducts, kCaching, kAttention, kResiduals, kHead, kStages };
+constexpr const char* kStageNames[kStages] = {
+    "embedding", "norms and quantization", "products", "filling the cache", "attention", "residuals", "output head"};
+
+// A share of attention: rows of a run, or, where a run is one row, key positions.
+struct Piece {
+  int64_t run, kv_head, first, count;
+};
+
 // What a step works in, besides the workspace.
 struct State {
-  Buffer hidden, output, qkv, attended, inner, floats;
+  Buffer hidden, output, qkv, attended, partial, inner, floats;
+  double seconds[kStages] = {};  // of all steps
   std::vector<int64_t> run_of, positions;
   std::vector<const int8_t*> pages;
+  std::vector<Attention> attentions;
+  std::vector<Piece> pieces;
 };
 
 // Runs the tokens of all runs, one after the other at most kRowBlock, through the model: their keys and values enter

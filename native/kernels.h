@@ -125,11 +125,10 @@ struct AttentionProduct {
   int64_t rows;
   int64_t heads;  // query heads that share the key/value head
   int64_t head_dim;
-  const int8_t* const* key_pages;  // [pages]: row t of a page at t·token_stride + head_offset
-  const int8_t* const* value_pages;
+  const int8_t* const* key_pages;    // [pages], each [head_dim, page_tokens] at head_offset
+  const int8_t* const* value_pages;  // [pages], each [page_tokens, head_dim] at head_offset
   int64_t head_offset;
   int64_t page_tokens;
-  int64_t token_stride;
   float key_scale;
   float value_scale;
   float softmax_scale;
@@ -137,7 +136,11 @@ struct AttentionProduct {
   int64_t first_position;     // of query row 0; row i attends to positions 0..first_position + i
   int64_t window;             // 0: all; otherwise the last `window` positions
   const float* alibi_slopes;  // [heads] or null
-  float* scratch;             // attention_scratch floats
+  int64_t begin;              // key positions that are looked at, of those that are seen; end 0: all from begin on
+  int64_t end;
+  float*
+      partial;  // [heads, 2 + head_dim] or null; instead of outputs, for one row: largest score, sum, unscaled output
+  float* scratch;  // attention_scratch floats
 };
 
 struct Kernels {

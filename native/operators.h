@@ -119,11 +119,9 @@ struct Attention {
   int64_t heads;
   int64_t kv_heads;  // divides heads; query head h reads head h / (heads / kv_heads)
   int64_t head_dim;
-  const int8_t* const* key_pages;  // [pages]: row t of head h of a page at h·head_stride + t·token_stride
-  const int8_t* const* value_pages;
+  const int8_t* const* key_pages;    // [pages], each [kv_heads, head_dim, page_tokens]
+  const int8_t* const* value_pages;  // [pages], each [kv_heads, page_tokens, head_dim]
   int64_t page_tokens;
-  int64_t head_stride;
-  int64_t token_stride;
   float key_scale;
   float value_scale;
   float softmax_scale;
@@ -138,6 +136,16 @@ void attend(const Kernels& kernels, const Attention& attention, Workspace& works
 int64_t rows_together(const Kernels& kernels, const Attention& attention);
 void attend_block(const Kernels& kernels, const Attention& attention, int64_t kv_head, int64_t first, int64_t rows,
                   Buffer& scratch);
+
+// The part of one row's attention that key positions begin..end - 1 make, for `merge_parts`.
+struct KeyRange {
+  int64_t begin, end;
+  float* partial;  // [heads of a key/value head, 2 + head_dim]
+};
+void attend_part(const Kernels& kernels, const Attention& attention, int64_t kv_head, const KeyRange& range,
+                 Buffer& scratch);
+// The output of one head from its parts, each `stride` floats after the other.
+void merge_parts(const float* parts, int64_t count, int64_t stride, int64_t head_dim, float value_scale, float* output);
 
 // Reads all bytes (but for up to 255 at the end) with all threads, for measuring the memory.
 void measure_read(const Kernels& kernels, const uint8_t* data, int64_t bytes, Workspace& workspace);

@@ -312,8 +312,8 @@ def attention_case(
     positions = m + before
     count = -(-positions // page_tokens)
     pages = rng.permutation(count + 2)[:count]
-    keys = rng.integers(-128, 128, (count + 2, kv_heads, page_tokens, head_dim)).astype(np.int8)
-    values = rng.integers(-128, 128, keys.shape).astype(np.int8)
+    keys = rng.integers(-128, 128, (count + 2, kv_heads, head_dim, page_tokens)).astype(np.int8)
+    values = rng.integers(-128, 128, (count + 2, kv_heads, page_tokens, head_dim)).astype(np.int8)
     queries = rng.normal(size=(m, heads, head_dim)).astype(np.float32)
     slopes = (2.0 ** -rng.uniform(0, 8, heads)).astype(np.float32) if options.pop("alibi", False) else None
     arguments = {
@@ -325,7 +325,10 @@ def attention_case(
         **options,
     }
     got = kernels.attention(queries, keys, values, pages=pages, **{**arguments, **planted})
-    flat_keys, flat_values = (c[pages].swapaxes(1, 2).reshape(-1, kv_heads, head_dim) for c in (keys, values))
+    flat_keys, flat_values = (
+        by_token.reshape(-1, kv_heads, head_dim)
+        for by_token in (keys[pages].transpose(0, 3, 1, 2), values[pages].transpose(0, 2, 1, 3))
+    )
     wanted = reference.attention(queries, flat_keys, flat_values, **arguments)
     # A score errs by head_dim + 4 roundings of Σ|q·k| (and of the ALiBi term), which becomes a relative error of the
     # weight; exp adds 2^-22, the sums over positions their roundings.
@@ -361,13 +364,13 @@ def test_windows_far_from_the_beginning(native: Kernels) -> None:
     """Positions that float32 doesn't hold: prefill and decoding see the same window of three."""
     before = 2**24 + 1
     rng = np.random.default_rng(0)
-    cache = rng.integers(-128, 128, (1, 1, 64, 8)).astype(np.int8)
+    keys, values = (rng.integers(-128, 128, shape).astype(np.int8) for shape in ((1, 1, 8, 64), (1, 1, 64, 8)))
     pages = np.zeros((before + 40) // 64 + 1, np.int64)  # one page again and again
     queries = rng.normal(size=(40, 1, 8)).astype(np.float32)
     options = {"key_scale": 0.02, "value_scale": 0.05, "softmax_scale": 0.3, "window": 3, "pages": pages}
-    together = native.attention(queries, cache, cache, first_position=before, **options)
+    together = native.attention(queries, keys, values, first_position=before, **options)
     for i in range(40):
-        alone = native.attention(queries[i : i + 1], cache, cache, first_position=before + i, **options)
+        alone = native.attention(queries[i : i + 1], keys, values, first_position=before + i, **options)
         np.testing.assert_allclose(together[i], alone[0], rtol=1e-5, atol=1e-5)
 
 
@@ -375,8 +378,8 @@ def test_attention_one_by_one_equals_all_at_once(kernels: Kernels) -> None:
     """Decoding and prefill are different code."""
     rng = np.random.default_rng(3)
     m, heads, head_dim = 50, 4, 32
-    keys = rng.integers(-128, 128, (1, 2, m, head_dim)).astype(np.int8)
-    values = rng.integers(-128, 128, keys.shape).astype(np.int8)
+    keys = rng.integers(-128, 128, (1, 2, head_dim, m)).astype(np.int8)
+    values = rng.integers(-128, 128, (1, 2, m, head_dim)).astype(np.int8)
     queries = rng.normal(size=(m, heads, head_dim)).astype(np.float32)
     options = {"key_scale": 0.02, "value_scale": 0.05, "softmax_scale": 0.2}
     together = kernels.attention(queries, keys, values, **options)
@@ -422,7 +425,8 @@ def test_wrong_operands_raise(kernels: Kernels) -> None:
     for call in bad:
         with pytest.raises(KernelError):
             call()
-    queries, cache = np.zeros((2, 4, 16), np.float32), np.zeros((3, 2, 8, 16), np.int8)
+    queries, values = np.zeros((2, 4, 16), np.float32), np.zeros((3, 2, 8, 16), np.int8)
+    keys = values.swapaxes(2, 3)
     scales_of = {"key_scale": 1.0, "value_scale": 1.0, "softmax_scale": 1.0}
     for changed in (
         {"first_position": 23},
@@ -431,22 +435,25 @@ def test_wrong_operands_raise(kernels: Kernels) -> None:
         {"pages": np.array([0, 3])},
         {"pages": np.array([-1])},
         {"alibi_slopes": np.zeros(3, np.float32)},
-        {"keys": cache[:, :, :, :8]},
-        {"keys": np.zeros((3, 3, 8, 16), np.int8), "values": np.zeros((3, 3, 8, 16), np.int8)},
-        {"keys": np.zeros((3, 0, 8, 16), np.int8), "values": np.zeros((3, 0, 8, 16), np.int8)},
-        {"keys": np.zeros((3, 2, 0, 16), np.int8), "values": np.zeros((3, 2, 0, 16), np.int8), "queries": queries[:0]},
+        {"keys": values},
+        {"keys": keys[:, :, :8]},
+        {"keys": np.zeros((3, 3, 16, 8), np.int8), "values": np.zeros((3, 3, 8, 16), np.int8)},
+        {"keys": np.zeros((3, 0, 16, 8), np.int8), "values": np.zeros((3, 0, 8, 16), np.int8)},
+        {"keys": np.zeros((3, 2, 16, 0), np.int8), "values": np.zeros((3, 2, 0, 16), np.int8), "queries": queries[:0]},
         {"queries": queries[:, :0]},
     ):
         with pytest.raises(KernelError):
-            kernels.attention(**{"queries": queries, "keys": cache, "values": cache, **scales_of, **changed})
+            kernels.attention(**{"queries": queries, "keys": keys, "values": values, **scales_of, **changed})
 
 
 def test_empty_batches(kernels: Kernels) -> None:
     weights = kernels.pack(np.zeros((8, 64), np.int8), np.ones((8, 2), np.float32))
     assert kernels.linear(weights, np.zeros((0, 64), np.float32), None).shape == (0, 8)
     assert kernels.quantize(np.zeros((0, 64), np.float32), None)[0].shape == (0, 64)
-    queries, cache = np.zeros((0, 4, 16), np.float32), np.zeros((1, 2, 8, 16), np.int8)
-    assert kernels.attention(queries, cache, cache, key_scale=1, value_scale=1, softmax_scale=1).shape == (0, 4, 16)
+    queries, values = np.zeros((0, 4, 16), np.float32), np.zeros((1, 2, 8, 16), np.int8)
+    assert kernels.attention(
+        queries, values.swapaxes(2, 3), values, key_scale=1, value_scale=1, softmax_scale=1
+    ).shape == (0, 4, 16)
 
 
 def test_arrays_of_any_order_and_place(kernels: Kernels) -> None:

@@ -9,8 +9,12 @@ inline int64_t page_rows(const AttentionProduct& a, int64_t position, int64_t en
   return count < kKeyBlock ? count : kKeyBlock;
 }
 
-inline const int8_t* row_of(const AttentionProduct& a, const int8_t* const* pages, int64_t position) {
-  return pages[position / a.page_tokens] + position % a.page_tokens * a.token_stride + a.head_offset;
+inline const int8_t* key_of(const AttentionProduct& a, int64_t position) {
+  return a.key_pages[position / a.page_tokens] + a.head_offset + position % a.page_tokens;
+}
+
+inline const int8_t* value_of(const AttentionProduct& a, int64_t position) {
+  return a.value_pages[position / a.page_tokens] + a.head_offset + position % a.page_tokens * a.head_dim;
 }
 
 template <class Isa>
@@ -21,12 +25,20 @@ void load_codes(const int8_t* codes, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = codes[i];
 }
 
-// A block of keys or values as floats, rows `width` apart, and its place in the next block prefetched.
+// Keys of one block as floats [head_dim, kKeyBlock].
 template <class Isa>
-void load_block(const AttentionProduct& a, const int8_t* codes, int64_t count, int64_t width, float* rows) {
-  for (int64_t t = 0; t < count; ++t, codes += a.token_stride) {
-    for (int64_t i = 0; i < a.head_dim; i += 64) __builtin_prefetch(codes + count * a.token_stride + i);
-    load_codes<Isa>(codes, a.head_dim, rows + t * width);
+void load_keys(const AttentionProduct& a, int64_t position, int64_t count, float* rows) {
+  const int8_t* codes = key_of(a, position);
+  for (int64_t i = 0; i < a.head_dim; ++i) load_codes<Isa>(codes + i * a.page_tokens, count, rows + i * kKeyBlock);
+}
+
+// Values of one block as floats [count, head_dim], and the next block's prefetched.
+template <class Isa>
+void load_values(const AttentionProduct& a, int64_t position, int64_t count, float* rows) {
+  const int8_t* codes = value_of(a, position);
+  for (int64_t t = 0; t < count; ++t, codes += a.head_dim) {
+    for (int64_t i = 0; i < a.head_dim; i += 64) __builtin_prefetch(codes + count * a.head_dim + i);
+    load_codes<Isa>(codes, a.head_dim, rows + t * a.head_dim);
   }
 }
 
@@ -40,7 +52,7 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
   float* const q = a.scratch;             // [d][W]
   float* const out = q + d * W;           // [d][W]
   float* const p = out + d * W;           // [kKeyBlock][W]
-  float* const rows = p + kKeyBlock * W;  // [kKeyBlock][d]
+  float* const rows = p + kKeyBlock * W;  // [d][kKeyBlock], then [kKeyBlock][d]
   float position[W], slope[W];
   int64_t earliest = -1, latest = -1;
   for (int64_t w = 0; w < W; ++w) {
@@ -60,18 +72,17 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
   const int64_t begin = a.window && earliest - a.window + 1 > 0 ? earliest - a.window + 1 : 0;
   for (int64_t start = begin, count; start <= latest; start += count) {
     count = page_rows(a, start, latest + 1);
-    load_block<Isa>(a, row_of(a, a.key_pages, start), count, d, rows);
+    load_keys<Isa>(a, start, count, rows);
     const int64_t padded = (count + T - 1) / T * T;
     for (int64_t t = count; t < padded; ++t)
-      for (int64_t i = 0; i < d; ++i) rows[t * d + i] = 0.0f;
+      for (int64_t i = 0; i < d; ++i) rows[i * kKeyBlock + t] = 0.0f;
     for (int64_t t = 0; t < padded; t += T) {
       Float sum[T][2];
       for (int j = 0; j < T; ++j) sum[j][0] = sum[j][1] = Isa::splat(0.0f);
-      const float* key = rows + t * d;
       for (int64_t i = 0; i < d; ++i) {
         const Float q0 = Isa::load(q + i * W), q1 = Isa::load(q + i * W + L);
         for (int j = 0; j < T; ++j) {
-          const Float k = Isa::splat(key[j * d + i]);
+          const Float k = Isa::splat(rows[i * kKeyBlock + t + j]);
           sum[j][0] = Isa::multiply_add(q0, k, sum[j][0]);
           sum[j][1] = Isa::multiply_add(q1, k, sum[j][1]);
         }
@@ -110,7 +121,7 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
       }
       total[v] = Isa::multiply_add(total[v], change[v], sum);
     }
-    load_block<Isa>(a, row_of(a, a.value_pages, start), count, d, rows);
+    load_values<Isa>(a, start, count, rows);
     int64_t i = 0;
     for (; i + T <= d; i += T) {
       Float sum[T][2];
@@ -146,20 +157,64 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
   }
 }
 
-// Attention of a single row's query heads, with head_dim in the lanes: what decoding needs. Every key and value row is
-// read once for all heads that share it.
+// Scores of H heads with V vectors of keys, whose codes are `stride` apart from channel to channel.
+template <class Isa, int V, int H>
+void score_keys(const float* q, int64_t width, int64_t d, const int8_t* codes, int64_t stride, float* p) {
+  typename Isa::Float sum[H][V];
+  for (int h = 0; h < H; ++h)
+    for (int v = 0; v < V; ++v) sum[h][v] = Isa::splat(0.0f);
+  for (int64_t i = 0; i < d; ++i, codes += stride) {
+    typename Isa::Float k[V];
+    for (int v = 0; v < V; ++v) k[v] = Isa::load_int8(codes + v * Isa::kLanes);
+    for (int h = 0; h < H; ++h) {
+      const auto factor = Isa::splat(q[h * width + i]);
+      for (int v = 0; v < V; ++v) sum[h][v] = Isa::multiply_add(k[v], factor, sum[h][v]);
+    }
+  }
+  for (int h = 0; h < H; ++h)
+    for (int v = 0; v < V; ++v) Isa::store(p + h * kKeyBlock + v * Isa::kLanes, sum[h][v]);
+}
+
+// out += Σ p·value over `count` tokens for H heads and V vectors of channels.
+template <class Isa, int V, int H>
+void add_values(const float* p, int64_t count, const int8_t* codes, int64_t stride, float* out, int64_t width) {
+  typename Isa::Float sum[H][V];
+  for (int h = 0; h < H; ++h)
+    for (int v = 0; v < V; ++v) sum[h][v] = Isa::load(out + h * width + v * Isa::kLanes);
+  for (int64_t t = 0; t < count; ++t, codes += stride) {
+    typename Isa::Float x[V];
+    for (int v = 0; v < V; ++v) x[v] = Isa::load_int8(codes + v * Isa::kLanes);
+    for (int h = 0; h < H; ++h) {
+      const auto weight = Isa::splat(p[h * kKeyBlock + t]);
+      for (int v = 0; v < V; ++v) sum[h][v] = Isa::multiply_add(x[v], weight, sum[h][v]);
+    }
+  }
+  for (int h = 0; h < H; ++h)
+    for (int v = 0; v < V; ++v) Isa::store(out + h * width + v * Isa::kLanes, sum[h][v]);
+}
+
+// Calls function.template operator()<H>(first head) for all heads, H at most kMost together.
+template <int kMost, class Function>
+void for_heads(int64_t heads, const Function& function, int64_t first = 0) {
+  for (; heads - first >= kMost; first += kMost) function.template operator()<kMost>(first);
+  if constexpr (kMost > 1) {
+    if (first < heads) for_heads<kMost - 1>(heads, function, first);
+  }
+}
+
+// Attention of a single row's query heads: what decoding needs. Keys are in the lanes for the scores, channels for the
+// outputs, so that nothing is added across lanes, and every code becomes a float once for all heads.
 template <class Isa>
 void attend_row(const AttentionProduct& a, int64_t row) {
   using Float = typename Isa::Float;
-  constexpr int L = Isa::kLanes, C = 4;
-  const int64_t d = a.head_dim, width = (d + C * L - 1) / (C * L) * (C * L);
+  constexpr int L = Isa::kLanes, kHeads = Isa::kAttentionTile;
+  const int64_t d = a.head_dim, width = (d + L - 1) / L * L;
   const int64_t heads = a.heads, at = a.first_position + row;
-  float* const q = a.scratch;                       // [heads][width]
-  float* const out = q + heads * width;             // [heads][width]
-  float* const p = out + heads * width;             // [heads][kKeyBlock]
-  float* const rows = p + heads * kKeyBlock;        // [kKeyBlock][width]
-  float* const largest = rows + kKeyBlock * width;  // [heads]
-  float* const total = largest + heads;             // [heads]
+  float* const q = a.scratch;                    // [heads][width]
+  float* const out = q + heads * width;          // [heads][width]
+  float* const p = out + heads * width;          // [heads][kKeyBlock]
+  float* const largest = p + heads * kKeyBlock;  // [heads]
+  float* const total = largest + heads;          // [heads]
   for (int64_t h = 0; h < heads; ++h) {
     const float* from = a.queries + row * a.query_stride + h * d;
     for (int64_t i = 0; i < width; ++i) {
@@ -169,76 +224,105 @@ void attend_row(const AttentionProduct& a, int64_t row) {
     largest[h] = kNoScore;
     total[h] = 0.0f;
   }
-  for (int64_t t = 0; t < kKeyBlock; ++t)
-    for (int64_t i = d; i < width; ++i) rows[t * width + i] = 0.0f;
-  const int64_t begin = a.window && at - a.window + 1 > 0 ? at - a.window + 1 : 0;
-  for (int64_t start = begin, count; start <= at; start += count) {
-    count = page_rows(a, start, at + 1);
-    load_block<Isa>(a, row_of(a, a.key_pages, start), count, width, rows);
-    for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t t = 0; t < count; ++t) {
-        Float even = Isa::splat(0.0f), odd = even;
-        for (int64_t i = 0; i < width; i += 2 * L) {
-          even = Isa::multiply_add(Isa::load(q + h * width + i), Isa::load(rows + t * width + i), even);
-          odd = Isa::multiply_add(Isa::load(q + h * width + i + L), Isa::load(rows + t * width + i + L), odd);
+  const int64_t seen = a.window && at - a.window + 1 > 0 ? at - a.window + 1 : 0;
+  const int64_t begin = a.begin > seen ? a.begin : seen, end = a.end && a.end <= at ? a.end : at + 1;
+  for (int64_t start = begin, count; start < end; start += count) {
+    count = page_rows(a, start, end);
+    const int8_t* const keys = key_of(a, start);
+    const int8_t* const values = value_of(a, start);
+    const int64_t room = a.page_tokens - start % a.page_tokens;  // keys that lie side by side from here
+    if (start + count < end) {
+      const int8_t* const next = key_of(a, start + count);
+      for (int64_t i = 0; i < d; ++i) __builtin_prefetch(next + i * a.page_tokens);
+    }
+    for (int64_t i = 0; i < count * d; i += 64) __builtin_prefetch(values + i);
+    int64_t t = 0;
+    for (; t < count && t + 2 * L <= room && t + 2 * L <= kKeyBlock; t += 2 * L)
+      for_heads<kHeads>(heads, [&]<int H>(int64_t h) {
+        score_keys<Isa, 2, H>(q + h * width, width, d, keys + t, a.page_tokens, p + h * kKeyBlock + t);
+      });
+    for (; t < count; t += L) {
+      const int8_t* codes = keys + t;
+      int8_t some[L] = {};
+      for (int64_t h = 0; h < heads; ++h) {
+        Float sum = Isa::splat(0.0f);
+        for (int64_t i = 0; i < d; ++i) {
+          if (t + L > room) {  // not beyond the page
+            for (int64_t j = 0; j < room - t; ++j) some[j] = keys[i * a.page_tokens + t + j];
+            codes = some;
+          } else {
+            codes = keys + i * a.page_tokens + t;
+          }
+          sum = Isa::multiply_add(Isa::load_int8(codes), Isa::splat(q[h * width + i]), sum);
         }
-        p[h * kKeyBlock + t] = Isa::reduce_add(Isa::add(even, odd));
+        Isa::store(p + h * kKeyBlock + t, sum);
       }
     }
-    load_block<Isa>(a, row_of(a, a.value_pages, start), count, width, rows);
     for (int64_t h = 0; h < heads; ++h) {
       float* const scores = p + h * kKeyBlock;
-      for (int64_t t = count; t % L; ++t) scores[t] = 2 * kNoScore;
+      for (int64_t j = count; j % L; ++j) scores[j] = 2 * kNoScore;
       Float now = Isa::splat(largest[h]);
-      for (int64_t t = 0; t < count; t += L) {
-        Float s = Isa::load(scores + t);
+      for (int64_t j = 0; j < count; j += L) {
+        Float s = Isa::load(scores + j);
         if (a.softcap != 0.0f) {
           const Float capped = hyperbolic_tangent<Isa>(Isa::divide(s, Isa::splat(a.softcap)));
           s = Isa::where_less(s, Isa::splat(kNoScore), s, Isa::multiply(Isa::splat(a.softcap), capped));
         }
         if (a.alibi_slopes) {
           float distance[L];
-          for (int j = 0; j < L; ++j) distance[j] = static_cast<float>(start + t + j - at);
+          for (int l = 0; l < L; ++l) distance[l] = static_cast<float>(start + j + l - at);
           s = Isa::multiply_add(Isa::splat(a.alibi_slopes[h]), Isa::load(distance), s);
         }
-        Isa::store(scores + t, s);
+        Isa::store(scores + j, s);
         now = Isa::max(now, s);
       }
       const float highest = Isa::reduce_max(now);
       const float change = __builtin_expf(largest[h] - highest);
       largest[h] = highest;
       Float sum = Isa::splat(0.0f);
-      for (int64_t t = 0; t < count; t += L) {
-        const Float e = exponential<Isa>(Isa::subtract(Isa::load(scores + t), Isa::splat(highest)));
-        Isa::store(scores + t, e);
+      for (int64_t j = 0; j < count; j += L) {
+        const Float e = exponential<Isa>(Isa::subtract(Isa::load(scores + j), Isa::splat(highest)));
+        Isa::store(scores + j, e);
         sum = Isa::add(sum, e);
       }
       total[h] = total[h] * change + Isa::reduce_add(sum);
-      for (int64_t i = 0; i < width; i += C * L) {
-        Float part[C];
-        for (int c = 0; c < C; ++c) part[c] = Isa::multiply(Isa::load(out + h * width + i + c * L), Isa::splat(change));
-        for (int64_t t = 0; t < count; ++t) {
-          const Float weight = Isa::splat(scores[t]);
-          for (int c = 0; c < C; ++c)
-            part[c] = Isa::multiply_add(weight, Isa::load(rows + t * width + i + c * L), part[c]);
-        }
-        for (int c = 0; c < C; ++c) Isa::store(out + h * width + i + c * L, part[c]);
-      }
+      if (change != 1.0f)
+        for (int64_t i = 0; i < width; i += L)
+          Isa::store(out + h * width + i, Isa::multiply(Isa::load(out + h * width + i), Isa::splat(change)));
     }
+    int64_t i = 0;
+    for (; i + 2 * L <= d; i += 2 * L)
+      for_heads<kHeads>(heads, [&]<int H>(int64_t h) {
+        add_values<Isa, 2, H>(p + h * kKeyBlock, count, values + i, d, out + h * width + i, width);
+      });
+    for (; i + L <= d; i += L)
+      for_heads<kHeads>(heads, [&]<int H>(int64_t h) {
+        add_values<Isa, 1, H>(p + h * kKeyBlock, count, values + i, d, out + h * width + i, width);
+      });
+    for (; i < d; ++i)
+      for (int64_t h = 0; h < heads; ++h)
+        for (int64_t j = 0; j < count; ++j) out[h * width + i] += p[h * kKeyBlock + j] * values[j * d + i];
   }
   for (int64_t h = 0; h < heads; ++h) {
-    float* to = a.outputs + row * a.output_stride + h * d;
-    const float factor = a.value_scale / total[h];
-    for (int64_t i = 0; i < d; ++i) to[i] = out[h * width + i] * factor;
+    if (a.partial) {
+      float* const to = a.partial + h * (d + 2);
+      to[0] = largest[h];
+      to[1] = total[h];
+      for (int64_t i = 0; i < d; ++i) to[2 + i] = out[h * width + i];
+    } else {
+      float* const to = a.outputs + row * a.output_stride + h * d;
+      const float factor = a.value_scale / total[h];
+      for (int64_t i = 0; i < d; ++i) to[i] = out[h * width + i] * factor;
+    }
   }
 }
 
 template <class Isa>
 int64_t attention_scratch(int64_t heads, int64_t head_dim) {
   constexpr int64_t L = Isa::kLanes, W = 2 * L;
-  const int64_t width = (head_dim + 4 * L - 1) / (4 * L) * (4 * L);
+  const int64_t width = (head_dim + L - 1) / L * L;
   const int64_t lanes = 2 * head_dim * W + kKeyBlock * W + kKeyBlock * head_dim;
-  const int64_t row = (2 * heads + kKeyBlock) * width + heads * kKeyBlock + 2 * heads;
+  const int64_t row = 2 * heads * width + heads * kKeyBlock + 2 * heads;
   return lanes > row ? lanes : row;
 }
 
@@ -246,7 +330,7 @@ template <class Isa>
 void attend(const AttentionProduct& a) {
   constexpr int64_t W = 2 * Isa::kLanes;
   const int64_t queries = a.rows * a.heads;
-  if (2 * queries < W) {
+  if (a.partial || 2 * queries < W) {
     for (int64_t row = 0; row < a.rows; ++row) attend_row<Isa>(a, row);
   } else {
     for (int64_t first = 0; first < queries; first += W)

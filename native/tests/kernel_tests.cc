@@ -170,8 +170,6 @@ void test_attention(const Kernels& kernels, Workspace& workspace, int64_t m, int
                             .key_pages = keys.data(),
                             .value_pages = values.data(),
                             .page_tokens = page_tokens,
-                            .head_stride = d,
-                            .token_stride = kv_heads * d,
                             .key_scale = 0.02f,
                             .value_scale = 0.05f,
                             .softmax_scale = 0.2f,
@@ -180,8 +178,11 @@ void test_attention(const Kernels& kernels, Workspace& workspace, int64_t m, int
                             .window = window,
                             .alibi_slopes = alibi ? slopes.data() : nullptr};
   attend(kernels, attention, workspace);
-  const auto code = [&](const std::vector<const int8_t*>& cache, int64_t position, int64_t head, int64_t i) {
-    return cache[position / page_tokens][(position % page_tokens * kv_heads + head) * d + i];
+  const auto key = [&](int64_t position, int64_t head, int64_t i) {
+    return keys[position / page_tokens][(head * d + i) * page_tokens + position % page_tokens];
+  };
+  const auto value = [&](int64_t position, int64_t head, int64_t i) {
+    return values[position / page_tokens][(head * page_tokens + position % page_tokens) * d + i];
   };
   for (int64_t r = 0; r < m; ++r) {
     for (int64_t h = 0; h < heads; ++h) {
@@ -190,7 +191,7 @@ void test_attention(const Kernels& kernels, Workspace& workspace, int64_t m, int
       double total = 0;
       for (int64_t t = first; t <= at; ++t) {
         double score = 0;
-        for (int64_t i = 0; i < d; ++i) score += queries.data[(r * heads + h) * d + i] * code(keys, t, kv, i);
+        for (int64_t i = 0; i < d; ++i) score += queries.data[(r * heads + h) * d + i] * key(t, kv, i);
         score *= 0.02 * 0.2;
         if (softcap > 0) score = softcap * std::tanh(score / softcap);
         if (alibi) score += slopes[h] * static_cast<double>(t - at);
@@ -198,7 +199,7 @@ void test_attention(const Kernels& kernels, Workspace& workspace, int64_t m, int
         total += weights.back();
       }
       for (int64_t t = first; t <= at; ++t)
-        for (int64_t i = 0; i < d; ++i) result[i] += weights[t - first] / total * code(values, t, kv, i) * 0.05;
+        for (int64_t i = 0; i < d; ++i) result[i] += weights[t - first] / total * value(t, kv, i) * 0.05;
       for (int64_t i = 0; i < d; ++i)
         require(std::fabs(result[i] - out.data[(r * heads + h) * d + i]) < 1e-4, "attention m=" + std::to_string(m));
     }

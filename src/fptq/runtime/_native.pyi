@@ -109,5 +109,13 @@ class Decoder:
     ) -> None: ...
     def set_head(self, *, norm: _Norm, head: list[_Matrix], columns: int) -> None: ...
     def forward(
-        self, tokens: Array, runs: list[tuple[int, int, Array]], cache: Array, wanted: Array, logits: Array, /
+        self,
+        tokens: Array,
+        runs: list[tuple[int, int, Array]],
+        keys: Array,
+        values: Array,
+        wanted: Array,
+        logits: Array,
+        /,
     ) -> int: ...
+    def take_times(self) -> list[tuple[str, float]]: ...

@@ -16,6 +16,7 @@ import numpy as np
 from fptq.errors import EngineError
 from fptq.recipe import Activation
 from fptq.runtime.kernels import ACTIVATIONS, REFERENCE, Kernels
+from fptq.runtime.kv_cache import PageCache
 from fptq.runtime.reference import PANEL_CHANNELS, unpack
 from fptq.runtime.weights import BlockWeights, DecoderWeights, NormWeights, Projection
 
@@ -43,13 +44,13 @@ class Run:
 class Decoder(Protocol):
     """What computes steps."""
 
-    def step(self, tokens: Array, runs: Sequence[Run], cache: Array, wanted: Array) -> Array:
+    def step(self, tokens: Array, runs: Sequence[Run], cache: PageCache, wanted: Array) -> Array:
         """Return float32 [wanted, vocabulary], and put the tokens' keys and values into the cache.
 
         Args:
             tokens: int32 [m], of all runs one after the other, at most `MAX_ROWS`.
             runs: which sequences they belong to.
-            cache: int8 [blocks, keys and values, pages, kv_heads, page_tokens, head_dim].
+            cache: where keys and values are kept.
             wanted: int64, ascending: the rows whose logits are computed.
 
         Raises:
@@ -118,14 +119,18 @@ class NativeDecoder:
         head = weights.head
         self._native.set_head(norm=_norm_data(weights.final_norm), head=_projection_data(head), columns=head.columns)
 
-    def step(self, tokens: Array, runs: Sequence[Run], cache: Array, wanted: Array) -> Array:
+    def step(self, tokens: Array, runs: Sequence[Run], cache: PageCache, wanted: Array) -> Array:
         """See `Decoder.step`."""
         logits = np.empty((len(wanted), self._vocabulary), np.float32)
         data = [(run.rows, run.first_position, run.pages) for run in runs]
-        failed = self._native.forward(tokens, data, cache, wanted, logits)
+        failed = self._native.forward(tokens, data, cache.keys, cache.values, wanted, logits)
         if failed >= 0:
             raise _not_finite(failed, self._blocks)
         return logits
+
+    def take_times(self) -> dict[str, float]:
+        """Return the seconds that each stage of all steps took since the last call."""
+        return dict(self._native.take_times())
 
 
 def _norm_data(norm: NormWeights | None) -> tuple[Array, Array | None, float, bool] | None:
@@ -162,7 +167,7 @@ class PythonDecoder:
         self._kernels = kernels
         self._weights = weights
 
-    def step(self, tokens: Array, runs: Sequence[Run], cache: Array, wanted: Array) -> Array:
+    def step(self, tokens: Array, runs: Sequence[Run], cache: PageCache, wanted: Array) -> Array:
         """See `Decoder.step`."""
         plan, weights = self._weights.blueprint, self._weights
         positions = np.concatenate([run.first_position + np.arange(run.rows) for run in runs])
@@ -172,7 +177,7 @@ class PythonDecoder:
         if weights.embedding_norm:
             x = self._normalize(x, weights.embedding_norm)
         for index, block in enumerate(weights.blocks):
-            x = self._block(index, block, x, positions, runs, cache[index])
+            x = self._block(index, block, x, positions, runs, cache)
         if not len(wanted):
             return np.empty((0, plan.vocabulary), np.float32)
         logits = self._project(len(weights.blocks), weights.head, self._normalize(x[wanted], weights.final_norm))
@@ -193,7 +198,7 @@ class PythonDecoder:
         return codes[rows].astype(np.float32) * scales[rows]
 
     def _block(
-        self, index: int, block: BlockWeights, x: Array, positions: Array, runs: Sequence[Run], cache: Array
+        self, index: int, block: BlockWeights, x: Array, positions: Array, runs: Sequence[Run], cache: PageCache
     ) -> Array:
         plan = self._weights.blueprint
         h = self._normalize(x, block.attention_norm)
@@ -205,15 +210,13 @@ class PythonDecoder:
         attended, row = np.empty_like(queries), 0
         for run in runs:
             rows = slice(row, row + run.rows)
-            for codes, states, scale in (
-                (cache[0], keys, block.cache_scales.key),
-                (cache[1], values, block.cache_scales.value),
-            ):
-                self._enter(codes, states[rows], scale, run)
+            all_keys, all_values = cache.keys[index], cache.values[index]
+            self._enter(all_keys.swapaxes(2, 3), keys[rows], block.cache_scales.key, run)
+            self._enter(all_values, values[rows], block.cache_scales.value, run)
             attended[rows] = self._kernels.attention(
                 queries[rows],
-                cache[0],
-                cache[1],
+                all_keys,
+                all_values,
                 pages=run.pages,
                 first_position=run.first_position,
                 key_scale=block.cache_scales.key,

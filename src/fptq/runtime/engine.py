@@ -184,7 +184,7 @@ class Engine:
                 if len(rest):
                     pending.appendleft((sequence, rest))
                     break
-            logits.append(decoder.step(np.concatenate(tokens), runs, self.cache.data, np.array(wanted, np.int64)))
+            logits.append(decoder.step(np.concatenate(tokens), runs, self.cache, np.array(wanted, np.int64)))
             for sequence, count in advanced:
                 sequence.length += count
         return logits[0] if len(logits) == 1 else np.concatenate(logits)

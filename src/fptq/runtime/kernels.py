@@ -356,8 +356,8 @@ class Kernels:
 
         Args:
             queries: float32 [m, heads, head_dim], of consecutive positions.
-            keys: int8 [pages, kv_heads, page_tokens, head_dim]: all pages of a cache. kv_heads divides heads.
-            values: likewise.
+            keys: int8 [pages, kv_heads, head_dim, page_tokens]: all pages of a cache. kv_heads divides heads.
+            values: int8 [pages, kv_heads, page_tokens, head_dim].
             key_scale: step size of the keys' codes.
             value_scale: step size of the values' codes.
             softmax_scale: factor of the scores.
@@ -369,9 +369,9 @@ class Kernels:
         """
         queries = _check("queries", queries, np.float32, (None, None, None))
         m, heads, head_dim = queries.shape
-        keys = _check("keys", keys, np.int8, (None, None, None, head_dim))
-        values = _check("values", values, np.int8, keys.shape)
-        all_pages, kv_heads, page_tokens, _ = keys.shape
+        values = _check("values", values, np.int8, (None, None, None, head_dim))
+        all_pages, kv_heads, page_tokens, _ = values.shape
+        keys = _check("keys", keys, np.int8, (all_pages, kv_heads, head_dim, page_tokens))
         table = np.arange(all_pages) if pages is None else pages
         table = _check("pages", table, np.int64, (None,))
         alibi_slopes = _check_optional("alibi_slopes", alibi_slopes, (heads,))
@@ -387,7 +387,8 @@ class Kernels:
         if m and first_position + m > table.size * page_tokens:
             raise KernelError(f"{first_position + m} positions, but {table.size} pages of {page_tokens}")
         if self._session is None:
-            gathered = (c[table].swapaxes(1, 2).reshape(-1, kv_heads, head_dim) for c in (keys, values))
+            by_token = keys[table].transpose(0, 3, 1, 2), values[table].transpose(0, 2, 1, 3)
+            gathered = (cache.reshape(-1, kv_heads, head_dim) for cache in by_token)
             result = reference.attention(
                 queries,
                 *gathered,

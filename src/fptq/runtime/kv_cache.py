@@ -19,14 +19,19 @@ class PageCache:
     """All pages of an engine. The system gives memory to a page when it is first written.
 
     Attributes:
-        data: int8 [blocks, keys and values, pages, kv_heads, page_tokens, head_dim].
+        keys: int8 [blocks, pages, kv_heads, head_dim, page_tokens].
+        values: int8 [blocks, pages, kv_heads, page_tokens, head_dim].
+        pages: how many there are.
         tokens: how many fit.
     """
 
     def __init__(self, plan: Blueprint, tokens: int):
         self.tokens = whole_pages(tokens)
         pages = self.tokens // PAGE_TOKENS
-        self.data = np.zeros((len(plan.blocks), 2, pages, plan.kv_heads, PAGE_TOKENS, plan.head_dim), np.int8)
+        outer = len(plan.blocks), pages, plan.kv_heads
+        self.keys = np.zeros((*outer, plan.head_dim, PAGE_TOKENS), np.int8)
+        self.values = np.zeros((*outer, PAGE_TOKENS, plan.head_dim), np.int8)
+        self.pages = pages
         self._free = list(range(pages - 1, -1, -1))
 
     @property
@@ -37,7 +42,7 @@ class PageCache:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in all blocks."""
-        return self.data.nbytes // self.tokens
+        return (self.keys.nbytes + self.values.nbytes) // self.tokens
 
     def take(self, count: int) -> list[int]:
         """Return the numbers of `count` free pages, which aren't free any more.
@@ -48,7 +53,7 @@ class PageCache:
         if count > len(self._free):
             raise EngineError(
                 f"the KV cache is full: {count} pages of {PAGE_TOKENS} tokens needed, {len(self._free)} free of "
-                f"{self.data.shape[2]}; close sequences, or open the engine with a larger context or more sequences"
+                f"{self.pages}; close sequences, or open the engine with a larger context or more sequences"
             )
         return [self._free.pop() for _ in range(count)]
 
