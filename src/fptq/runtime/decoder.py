@@ -57,6 +57,9 @@ class Decoder(Protocol):
             EngineError: activations have become infinite or NaN.
         """
 
+    def take_times(self) -> dict[str, float]:
+        """Return the seconds that each stage of all steps took since the last call, as far as they are counted."""
+
 
 def make_decoder(kernels: Kernels, weights: DecoderWeights) -> Decoder:
     """Return the fastest decoder for these kernels."""
@@ -129,7 +132,7 @@ class NativeDecoder:
         return logits
 
     def take_times(self) -> dict[str, float]:
-        """Return the seconds that each stage of all steps took since the last call."""
+        """See `Decoder.take_times`."""
         return dict(self._native.take_times())
 
 
@@ -184,6 +187,10 @@ class PythonDecoder:
         if plan.logit_softcap:
             logits = np.float32(plan.logit_softcap) * np.tanh(logits / np.float32(plan.logit_softcap))
         return logits
+
+    def take_times(self) -> dict[str, float]:
+        """See `Decoder.take_times`: nothing is counted."""
+        return {}
 
     def _embed(self, tokens: Array) -> Array:
         table = self._weights.embedding

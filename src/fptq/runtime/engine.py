@@ -144,6 +144,10 @@ class Engine:
         """Bytes of packed weights: what decoding a token reads."""
         return self.weights.nbytes
 
+    def take_times(self) -> dict[str, float]:
+        """Return the seconds that each stage of all steps took since the last call; native code counts them."""
+        return self._open()._decoder.take_times()
+
     def sequence(self) -> Sequence:
         """Return an empty sequence; `close` it to give its pages back."""
         return Sequence(self._open().cache, self.context)
