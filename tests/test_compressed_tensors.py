@@ -16,6 +16,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,11 @@ def make_checkpoint(float_folder: Path, tmp_path_factory: pytest.TempPathFactory
     return make
 
 
-def load_stock(folder: Path, dtype: torch.dtype = torch.float32, *, without_cache_scales: bool = False) -> nn.Module:
+def load_stock(
+    folder: Path, dtype: torch.dtype = torch.float32, *, without_cache_scales: bool = False, missing: str | None = None
+) -> nn.Module:
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    assert report.pop("missing_keys") == ({missing} if missing else set()), report
     if without_cache_scales:
         assert all(key.endswith(("k_scale", "v_scale")) for key in report.pop("unexpected_keys")), report
     assert not any(report.values()), report
@@ -205,7 +209,8 @@ def largest_difference(folder: Path, stock: nn.Module) -> tuple[float, dict[str,
     """
     ours, _ = load(folder)
     steps = [token_ids(), *torch.randint(0, 300, (4, 2, 1), generator=torch.Generator().manual_seed(6))]
-    with recording(stock, list(Checkpoint.open(folder).schemes)) as trace, torch.no_grad():
+    names = [name for name in Checkpoint.open(folder).schemes if isinstance(ours.get_submodule(name), W4A8Linear)]
+    with recording(stock, names) as trace, torch.no_grad():
         expected, cache = [], None
         for tokens in steps:
             output = stock(tokens, past_key_values=cache, use_cache=True)
@@ -435,6 +440,65 @@ def test_a_cache_left_in_float_shows(make_checkpoint: Callable[[Recipe], Path]) 
     for block in stock.model.layers:
         block.self_attn.quantization_enabled = False
     assert largest_difference(folder, stock)[0] > 10 * TOLERANCE
+
+
+# --- an int8 head -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["llama", "gemma3", "opt", "bloom", "llama-bias-untied", "gpt_neox"])
+def test_stock_loading_of_an_int8_head(
+    variant: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds a tied head's codes under the embedding's name, and both weights are exactly ours in float32.
+
+    In bfloat16 they are the nearest that there is. The logits agree as above, with compressed-tensors' divisor.
+    transformers computes Gemma's scale of embeddings anew, and says that it isn't in the file.
+    """
+    tied = {"tie_word_embeddings": True} if variant == "llama" else {}
+    model = save_tiny(tmp_path / "model", variant, spread=0.5, **tied)
+    recipe = Recipe("static", group_size=32, v0=1e9, v1=1e10, lm_head="int8")
+    spec = CalibrationSpec("random", samples=4, length=24)
+    folder = quantize(str(model), tmp_path / "q", recipe, spec, Options(progress=False))
+    float_cache = variant in FLOAT_CACHE_VARIANTS
+    missing = "model.embed_tokens.embed_scale" if variant == "gemma3" else None
+    stock = load_stock(folder, dtype, without_cache_scales=float_cache, missing=missing)
+    ids = tiny_ids(2, 16)
+    with torch.no_grad():
+        expected = stock(ids).logits
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.tied_head == (variant not in ("llama-bias-untied", "gpt_neox"))
+    head = checkpoint.read_linear("lm_head")
+    weight = torch.from_numpy(head.codes * head.scales).to(dtype)
+    layers = [stock.get_output_embeddings()] + [stock.get_input_embeddings()] * checkpoint.tied_head
+    assert all(torch.equal(layer.weight, weight) for layer in layers)
+    if dtype is not torch.float32:
+        return
+    monkeypatch.setattr(numerics, "quantize_dynamic", quantize_dynamic_by_127_5)
+    monkeypatch.setattr("fptq.integrations.transformers.shared_kernels", lambda: Kernels(target="reference"))
+    ours, _ = load(folder)
+    cache = None if float_cache else new_cache(ours)
+    with torch.no_grad():
+        found = ours(ids, past_key_values=cache, use_cache=cache is not None).logits
+    apart = (found - expected).abs() / expected.abs().max()
+    assert float(apart.median()) <= TOLERANCE
+    assert float(apart.max()) <= 0.1
+
+
+def test_an_int8_head_gives_our_logits(
+    make_checkpoint: Callable[[Recipe], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In lockstep, with compressed-tensors' divisor; with ours only the logits differ, and with the float head far."""
+    folder = make_checkpoint(replace(ALL_STATIC, lm_head="int8"))
+    stock = load_stock(folder)
+    _, differences = largest_difference(folder, stock)
+    assert {name for name, value in differences.items() if value > TOLERANCE} == {"logits"}
+    assert 10 * TOLERANCE < differences["logits"] < 0.01
+    monkeypatch.setattr(numerics, "quantize_dynamic", quantize_dynamic_by_127_5)
+    monkeypatch.setattr("fptq.integrations.transformers.shared_kernels", lambda: Kernels(target="reference"))
+    largest, differences = largest_difference(folder, stock)
+    assert largest < TOLERANCE, differences
+    assert largest_difference(make_checkpoint(ALL_STATIC), stock)[0] > 10 * TOLERANCE
 
 
 STOCK_VARIANTS = ["llama-bias-untied", "mistral-sliding", "qwen3", "gemma2", "gemma3", "phi3", "glm4", "opt"]

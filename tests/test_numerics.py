@@ -67,6 +67,12 @@ def test_numpy_and_torch_agree_to_the_bit_on_the_integers() -> None:
     torch_codes, torch_scales = numerics.quantize_weight(torch.from_numpy(weight), 32)
     np.testing.assert_array_equal(codes, torch_codes.numpy())
     np.testing.assert_array_equal(scales, torch_scales.numpy())
+    for mine, theirs in zip(
+        numerics.quantize_weight(weight, 128, 8),
+        numerics.quantize_weight(torch.from_numpy(weight), 128, 8),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(mine, theirs.numpy())
     for mine, theirs in zip(numerics.quantize_dynamic(x), numerics.quantize_dynamic(torch.from_numpy(x)), strict=True):
         np.testing.assert_array_equal(mine, theirs.numpy())
     for activation, scale in ((Activation.STATIC, 0.05), (Activation.DYNAMIC, None), (Activation.NONE, None)):
@@ -80,6 +86,17 @@ def test_numpy_and_torch_agree_to_the_bit_on_the_integers() -> None:
         )
         # exact sums in a group when both operands are integers; float sums of 32 products otherwise
         np.testing.assert_allclose(mine, theirs.numpy(), rtol=0, atol=32 * 2.0**-24 * 3 * 10 * 32)
+
+
+@given(arrays(np.float32, (3, 64), elements=FLOATS))
+@settings(max_examples=60, deadline=None)
+def test_int8_rows_are_off_by_at_most_half_a_step_and_never_saturate(weight: np.ndarray) -> None:
+    """A scale that bfloat16 rounded down by 2^-9 at most makes 127 steps 127.25, which is rounded to 127."""
+    codes, scales = numerics.quantize_weight(weight, 64, 8)
+    assert scales.shape == (3, 1)
+    assert np.abs(codes.astype(np.int16)).max() <= 127
+    error = np.abs(codes * scales.astype(np.float64) - weight)
+    assert (error <= 0.5 * scales * (1 + 2.0**-16)).all()  # the quotient, up to 127.25, has an error of 2^-18
 
 
 @given(arrays(np.float32, (3, 64), elements=FLOATS))

@@ -7,7 +7,7 @@ from fptq.errors import QuantizationError
 from fptq.models.architectures import InputGroup, NormSource, RowsSource
 from fptq.quantize.equalize import group_scale, lae_range, lae_scale
 from fptq.quantize.observe import BlockStatistics, InputStatistics
-from fptq.quantize.policy import choose_group_size, decide
+from fptq.quantize.policy import choose_group_size, decide, decide_head
 from fptq.recipe import Activation, LayerPlan, Recipe, Role, get_recipe
 
 NORM = InputGroup(Role.QKV, ("q", "k"), NormSource("norm"))
@@ -126,6 +126,7 @@ def test_nan_range_is_refused() -> None:
         {"alpha": float("nan")},
         {"dynamic": ("down_proj",)},
         {"v1": float("inf")},
+        {"lm_head": "int4"},
     ],
 )
 def test_impossible_recipes_are_refused(values: dict[str, float]) -> None:
@@ -133,8 +134,20 @@ def test_impossible_recipes_are_refused(values: dict[str, float]) -> None:
         get_recipe("fptq", **values)
 
 
+def test_a_head_is_planned_where_the_recipe_asks_for_it() -> None:
+    assert decide_head(["embed", "head"], get_recipe("fptq")) == {}
+    plans = decide_head(["embed", "head"], get_recipe("fptq", lm_head="int8"))
+    assert [(name, p["role"], p["activation"]) for name, p in plans.items()] == [
+        ("embed", "embedding", "none"),
+        ("head", "head", "dynamic per-token"),
+    ]
+    assert all(p.keys() == plan(NORM, 20.0).to_dict().keys() for p in plans.values())
+    [weights_only] = decide_head(["head"], get_recipe("rtn-w4a16", lm_head="int8")).values()
+    assert weights_only["activation"] == "none"
+
+
 def test_recipe_and_plan_survive_json() -> None:
-    recipe = get_recipe("fptq-wide", dynamic=("fc2",), skip=("a", "b"))
+    recipe = get_recipe("fptq-wide", dynamic=("fc2",), skip=("a", "b"), lm_head="int8")
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     decision = plan(NORM, 20.0)
     assert LayerPlan.from_dict(decision.to_dict()) == decision

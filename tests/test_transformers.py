@@ -11,6 +11,8 @@ import torch
 from fptq import numerics
 from fptq.checkpoint import Checkpoint, KVScales, seal
 from fptq.errors import CheckpointError, GenerationError
+from fptq.evaluate.fidelity import ScoredModel
+from fptq.integrations.torch_ops import shared_kernels
 from fptq.integrations.transformers import (
     Int8CacheLayer,
     Int8SlidingCacheLayer,
@@ -21,16 +23,17 @@ from fptq.integrations.transformers import (
 )
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.recipe import get_recipe
+from fptq.runtime.kernels import Kernels
 from tiny import save_tiny, token_ids
 from tokens import save_tokenizer
 
 RANDOM = CalibrationSpec("random", samples=4, length=24)
 
 
-def checkpoint_of(folder: Path, variant: str, recipe: str = "fptq", **changes: object) -> Path:
+def checkpoint_of(folder: Path, variant: str, recipe: str = "fptq", lm_head: str = "float", **changes: object) -> Path:
     model = save_tiny(folder / "model", variant, **changes)
     save_tokenizer(model, chat=True)
-    wanted = get_recipe(recipe, group_size=32)
+    wanted = get_recipe(recipe, group_size=32, lm_head=lm_head)
     return quantize(str(model), folder / "q", wanted, RANDOM, Options(progress=False))
 
 
@@ -64,6 +67,58 @@ def test_every_tensor_is_in_float32_memory_and_none_on_meta(llama: Path) -> None
     model, _ = load(llama)
     assert all(not t.is_meta for t in [*model.parameters(), *model.buffers()])
     assert model.lm_head.weight is not model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [("llama", {"tie_word_embeddings": True}), ("llama-bias-untied", {}), ("gemma3", {}), ("gpt_neox", {})],
+)
+def test_an_int8_head_computes_with_the_files_integers(
+    variant: str, changes: dict[str, object], tmp_path: Path
+) -> None:
+    """The head's bound is numerics.w4a8_matmul's; an embedding is a product of 8 bits with 8, which is exact."""
+    folder = checkpoint_of(tmp_path, variant, lm_head="int8", spread=0.5, **changes)
+    model, tokenizer = load(folder)
+    checkpoint = Checkpoint.open(folder)
+    head = model.get_output_embeddings()
+    assert isinstance(head, W4A8Linear)
+    assert (head.bits, head.group_size, head.kernel) == (8, 64, shared_kernels().target)
+    linear = checkpoint.read_linear("lm_head")
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(4))
+    codes, scale = numerics.quantize_dynamic(x.numpy().reshape(15, 64))
+    integers = codes.astype(np.int64) @ linear.codes.T.astype(np.int64)
+    wanted = integers * scale.astype(np.float64) * linear.scales.T
+    assert (np.abs(head(x).numpy().reshape(15, -1) - wanted) <= 5 * 2.0**-24 * np.abs(wanted)).all()
+    np.testing.assert_array_equal(ScoredModel(model).log_probabilities(x[0]), torch.log_softmax(head(x[0]), -1))
+
+    embedding = model.get_input_embeddings()
+    ids = token_ids(1, 160)
+    if checkpoint.tied_head:
+        factor = 8.0 if variant == "gemma3" else 1.0
+        np.testing.assert_array_equal(embedding(ids)[0], (linear.codes * linear.scales * factor)[ids[0]])
+    with torch.no_grad():
+        before = model(ids).logits
+        model.tie_weights()
+        assert torch.equal(model(ids).logits, before)
+    assert all(not t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert generate(model, tokenizer, "w3 w4", max_new_tokens=4).strip()
+
+
+def test_an_int8_head_runs_by_the_reference_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint_of(tmp_path, "llama", lm_head="int8", spread=0.5, tie_word_embeddings=True)
+    head = load(folder)[0].lm_head
+    monkeypatch.setattr("fptq.integrations.transformers.shared_kernels", lambda: Kernels(target="reference"))
+    slow = load(folder)[0].lm_head
+    assert slow.kernel == "reference"
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(head(x), slow(x), rtol=1e-6, atol=0)
+
+
+def test_a_config_that_ties_otherwise_than_the_int8_head_is_refused(tmp_path: Path) -> None:
+    folder = checkpoint_of(tmp_path, "llama", lm_head="int8")
+    rewrite_config(folder, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"layer 'lm_head' is \[160, 64\], the config makes it \[\]"):
+        load(folder)
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral-sliding", "gemma3", "bloom", "opt", "falcon-40b", "gpt_neox"])

@@ -19,6 +19,7 @@ from fptq.recipe import Activation
 Array = Any  # numpy.ndarray or torch.Tensor: the functions return what they are given
 
 WEIGHT_BITS = 4
+HEAD_BITS = 8
 ACTIVATION_BITS = 8
 
 
@@ -61,21 +62,22 @@ def quantize(x: Array, scale: Array | float, bits: int) -> Array:
     return xp.clip(xp.round(x / scale), float(lowest), float(highest))
 
 
-def quantize_weight(weight: Array, group_size: int) -> tuple[Array, Array]:
-    """Return int4 codes and scales of a weight matrix, one scale for each group of input channels.
+def quantize_weight(weight: Array, group_size: int, bits: int = WEIGHT_BITS) -> tuple[Array, Array]:
+    """Return codes and scales of a weight matrix, one scale for each group of input channels.
 
     Args:
         weight: float32 [n, k], k a multiple of `group_size`.
         group_size: input channels that share a scale.
+        bits: of a code.
 
     Returns:
-        codes [n, k] of dtype int8 in -8..7, and scales float32 [n, G]. The codes belong to the scales as returned.
+        codes [n, k] of dtype int8, and scales float32 [n, G]. The codes belong to the scales as returned.
     """
     xp = array_api_compat.array_namespace(weight)
     n, k = weight.shape
     grouped = xp.reshape(weight, (n, k // group_size, group_size))
-    scale = scale_from_absmax(xp.max(xp.abs(grouped), axis=-1), WEIGHT_BITS)
-    codes = xp.astype(quantize(grouped, scale[..., None], WEIGHT_BITS), xp.int8)
+    scale = scale_from_absmax(xp.max(xp.abs(grouped), axis=-1), bits)
+    codes = xp.astype(quantize(grouped, scale[..., None], bits), xp.int8)
     return xp.reshape(codes, (n, k)), scale
 
 
@@ -118,6 +120,7 @@ def w4a8_matmul(
     If the activations are codes, the inner sums are integers and exact: in a group of 128, |Σ q_a·q_w| is at most
     128 · 128 · 8 = 2^17, and float32 holds every integer up to 2^24, whatever the order of summation. The outer sum
     runs over the groups in ascending order in float32: its error is at most (G + 3) · 2^-24 · (Σ_g |term_g| + |bias|).
+    An int8 row is one group of k: its sum is exact up to k = 2^24 / (128 · 127) = 1032, and rounded in float32 beyond.
 
     Args:
         activation_codes: [m, k], 8-bit codes as float32.

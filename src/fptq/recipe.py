@@ -30,6 +30,10 @@ class Role(str, Enum):
     FC2 = "fc2"  # inner activation of the MLP, input of down_proj
 
 
+LM_HEADS = ("float", "int8")
+"""How the output head can be stored."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A quantization method, described as data.
@@ -47,6 +51,8 @@ class Recipe:
         dynamic: roles whose inputs are quantized dynamically per token whatever their range. ("fc2",) is the paper's
             Figure 4, which shows every FC2 as dynamic, where Algorithm 1 has those up to v0 static.
         skip: shell patterns; linear layers whose full name matches one stay in float.
+        lm_head: "int8" for an output head of int8 codes with a scale a row; an embedding that shares the head's weight
+            is the same codes. "float" leaves both as they are, as the paper does.
     """
 
     name: str
@@ -58,6 +64,7 @@ class Recipe:
     fuse_into_linear: bool = False
     dynamic: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    lm_head: str = "float"
 
     def __post_init__(self) -> None:
         if not 8 <= self.group_size <= 4096 or self.group_size % 8:
@@ -71,6 +78,8 @@ class Recipe:
             raise QuantizationError(f"no role {sorted(unknown)}; there are: {', '.join(role.value for role in Role)}")
         if not 0 < self.alpha <= 4:
             raise QuantizationError(f"alpha = {self.alpha}: needed a number above 0 and at most 4")
+        if self.lm_head not in LM_HEADS:
+            raise QuantizationError(f"lm_head '{self.lm_head}': needed {' or '.join(LM_HEADS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON-ready values."""

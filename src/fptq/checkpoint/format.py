@@ -21,8 +21,11 @@ INDEX_FILE = "model.safetensors.index.json"
 FORMAT_VERSION = 1
 MAX_SHARD_BYTES = 5_000_000_000
 
-LINEAR_PARTS = ("weight_packed", "weight_scale", "weight_shape", "input_scale")
-"""The last part of the name of each tensor that stores a quantized layer, besides its bias."""
+LINEAR_PARTS = {
+    4: ("weight_packed", "weight_scale", "weight_shape", "input_scale"),
+    8: ("weight", "weight_scale", "input_scale"),
+}
+"""The last part of the name of each tensor that stores a quantized layer of so many bits, besides its bias."""
 
 CACHE_PARTS = ("k_scale", "v_scale")
 """The same for an attention module's KV cache."""
@@ -35,6 +38,12 @@ INT8_STATIC = {
     "group_size": None,
     "dynamic": False,
 }
+_WEIGHTS: dict[int, dict[str, Any]] = {
+    4: {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"},
+    8: {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+}
+_FORMATS = {4: "pack-quantized", 8: "int-quantized"}
+_MIXED = "mixed-precision"
 _INT8_DYNAMIC = {**INT8_STATIC, "strategy": "token", "dynamic": True}
 _ACTIVATIONS: dict[Activation, dict[str, Any] | None] = {
     Activation.NONE: None,
@@ -45,19 +54,21 @@ _ACTIVATIONS: dict[Activation, dict[str, Any] | None] = {
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A linear layer as the file holds it.
+    """A linear layer, or an embedding, as the file holds it.
 
     Attributes:
-        codes: int8 [out_features, in_features] in -8..7.
+        codes: int8 [out_features, in_features], with 4 bits in -8..7.
         scales: float32 [out_features, in_features / group_size], every value exact in bfloat16.
         activation: how the layer's input is quantized.
         input_scale: the input's step size; None unless static.
+        bits: of a code, 4 or 8.
     """
 
     codes: np.ndarray
     scales: np.ndarray
     activation: Activation
     input_scale: float | None
+    bits: int = numerics.WEIGHT_BITS
 
     @property
     def group_size(self) -> int:
@@ -75,19 +86,27 @@ class KVScales:
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """What `quantization_config` says of one layer."""
+    """What `quantization_config` says of one layer.
 
-    group_size: int
+    Attributes:
+        group_size: input channels that share a weight scale; None for one scale a row.
+        activation: how the layer's input is quantized.
+        bits: of a weight: 4 in groups, 8 with one scale a row.
+    """
+
+    group_size: int | None
     activation: Activation
+    bits: int = numerics.WEIGHT_BITS
 
 
 def linear_tensors(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
     """Return the tensors that store a linear layer called `name`."""
-    tensors = {
-        f"{name}.weight_packed": numerics.pack_int4(linear.codes),
-        f"{name}.weight_scale": linear.scales.astype(ml_dtypes.bfloat16),
-        f"{name}.weight_shape": np.array(linear.codes.shape, np.int64),
-    }
+    tensors = {f"{name}.weight_scale": linear.scales.astype(ml_dtypes.bfloat16)}
+    if linear.bits == 8:
+        tensors[f"{name}.weight"] = linear.codes
+    else:
+        tensors[f"{name}.weight_packed"] = numerics.pack_int4(linear.codes)
+        tensors[f"{name}.weight_shape"] = np.array(linear.codes.shape, np.int64)
     if linear.input_scale is not None:
         tensors[f"{name}.input_scale"] = np.array([linear.input_scale], ml_dtypes.bfloat16)
     return tensors
@@ -108,34 +127,28 @@ def quantization_config(
 
     A layer that has the same scheme in every block becomes one regular expression; others are listed by name.
     """
-    by_scheme: dict[tuple[int, Activation], list[str]] = {}
+    by_scheme: dict[LayerScheme, list[str]] = {}
     for suffix, members in _by_suffix(layers, blocks).items():
-        schemes = {(s.group_size, s.activation) for s in members.values()}
-        if len(schemes) == 1 and len(members) == block_count:
+        inside = suffix not in layers  # a layer outside the blocks has its full name for a suffix
+        if inside and len(set(members.values())) == 1 and len(members) == block_count:
             target = rf"re:^{re.escape(blocks)}\.\d+\.{re.escape(suffix)}$"
-            by_scheme.setdefault(schemes.pop(), []).append(target)
+            by_scheme.setdefault(next(iter(members.values())), []).append(target)
         else:
             for name, scheme in members.items():
-                by_scheme.setdefault((scheme.group_size, scheme.activation), []).append(name)
+                by_scheme.setdefault(scheme, []).append(name)
     groups = {}
-    for number, ((group_size, activation), targets) in enumerate(sorted(by_scheme.items())):
+    for number, scheme in enumerate(sorted(by_scheme, key=lambda s: (s.bits, s.group_size or 0, s.activation))):
         groups[f"group_{number}"] = {
-            "format": "pack-quantized",
-            "targets": targets,
-            "weights": {
-                "num_bits": 4,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group",
-                "group_size": group_size,
-                "dynamic": False,
-            },
-            "input_activations": _ACTIVATIONS[activation],
+            "format": _FORMATS[scheme.bits],
+            "targets": by_scheme[scheme],
+            "weights": {**_WEIGHTS[scheme.bits], "group_size": scheme.group_size, "dynamic": False},
+            "input_activations": _ACTIVATIONS[scheme.activation],
             "output_activations": None,
         }
+    formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else _MIXED,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "config_groups": groups,
@@ -147,25 +160,34 @@ def quantization_config(
 def _by_suffix(layers: dict[str, LayerScheme], blocks: str) -> dict[str, dict[str, LayerScheme]]:
     grouped: dict[str, dict[str, LayerScheme]] = {}
     for name, scheme in layers.items():
-        suffix = name.removeprefix(blocks + ".").split(".", 1)[1]
+        inside = name.startswith(blocks + ".")
+        suffix = name.removeprefix(blocks + ".").split(".", 1)[1] if inside else name
         grouped.setdefault(suffix, {})[name] = scheme
     return grouped
 
 
-def read_scheme(group: dict[str, Any]) -> LayerScheme:
-    """Return what a config group says of the layers it targets.
+def read_schemes(values: dict[str, Any]) -> list[tuple[list[str], LayerScheme]]:
+    """Return what `quantization_config` says: for each config group its targets and their scheme.
 
     Raises:
         CheckpointError: it describes something that fptq doesn't run.
     """
+    if values["quant_method"] != "compressed-tensors" or values["format"] not in (*_FORMATS.values(), _MIXED):
+        raise CheckpointError(
+            f"quantization {values['quant_method']}, format {values['format']}; needed compressed-tensors, "
+            f"{', '.join(_FORMATS.values())} or {_MIXED}"
+        )
+    groups = values["config_groups"].values()
+    return [(group["targets"], _read_scheme({"format": values["format"], **group})) for group in groups]
+
+
+def _read_scheme(group: dict[str, Any]) -> LayerScheme:
     weights = group["weights"]
-    if (weights["num_bits"], weights["type"], weights["symmetric"], weights["strategy"]) != (
-        4,
-        "int",
-        True,
-        "group",
-    ):
-        raise CheckpointError(f"weights {weights} are not int4, symmetric, in groups: fptq can't run them")
+    bits = weights["num_bits"]
+    if any(weights[key] != value for key, value in _WEIGHTS.get(bits, _WEIGHTS[4]).items()):
+        raise CheckpointError(f"weights {weights} are neither int4 in groups nor int8 by rows, symmetric")
+    if group["format"] != _FORMATS[bits]:
+        raise CheckpointError(f"format {group['format']} of {bits}-bit weights: needed {_FORMATS[bits]}")
     if group.get("output_activations") is not None:
         raise CheckpointError("output_activations are quantized: fptq can't run that")
     activations = group.get("input_activations")
@@ -174,9 +196,9 @@ def read_scheme(group: dict[str, Any]) -> LayerScheme:
             activations and wanted and all(activations.get(key) == value for key, value in wanted.items())
         ):
             size = weights["group_size"]
-            if type(size) is not int or size < 1:
+            if bits == 4 and (type(size) is not int or size < 1):
                 raise CheckpointError(f"weights: group_size {size!r} is no positive number")
-            return LayerScheme(size, kind)
+            return LayerScheme(size if bits == 4 else None, kind, bits)
     raise CheckpointError(f"input_activations {activations} are neither static per-tensor nor dynamic per-token int8")
 
 

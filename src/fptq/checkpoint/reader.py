@@ -25,7 +25,7 @@ from fptq.checkpoint.format import (
     LayerScheme,
     QuantizedLinear,
     matches,
-    read_scheme,
+    read_schemes,
     seal,
 )
 from fptq.errors import CheckpointError
@@ -111,14 +111,11 @@ class Checkpoint:
         return tensors
 
     def _read_schemes(self) -> dict[str, LayerScheme]:
-        names = sorted(n.removesuffix(".weight_packed") for n in self.tensors if n.endswith(".weight_packed"))
-        values = self.config["quantization_config"]
-        if values["quant_method"] != "compressed-tensors" or values["format"] != "pack-quantized":
-            raise CheckpointError(
-                f"{self.folder}: quantization {values['quant_method']}, format {values['format']}; "
-                "needed compressed-tensors, pack-quantized"
-            )
-        groups = [(group["targets"], read_scheme(group)) for group in values["config_groups"].values()]
+        names = sorted({n.rpartition(".")[0] for n in self.tensors if self._is_quantized(n)})
+        try:
+            groups = read_schemes(self.config["quantization_config"])
+        except CheckpointError as cause:
+            raise CheckpointError(f"{self.folder / 'config.json'}: {cause}") from cause
         schemes = {}
         for name in names:
             matching = [scheme for targets, scheme in groups if any(matches(t, name) for t in targets)]
@@ -137,27 +134,57 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: {RECORD_FILE} and the shards disagree about layer '{odd[0]}'")
         return schemes
 
+    def _is_quantized(self, tensor: str) -> bool:
+        """Return whether a tensor of this name and dtype is part of a quantized layer's weight."""
+        kind = tensor.rpartition(".")[2]
+        codes = kind == "weight" and self.tensors[tensor][1].dtype == np.int8
+        return codes or kind in ("weight_packed", "weight_scale")
+
     def _check_linears(self) -> None:
         for name, scheme in self.schemes.items():
-            self._expect(f"{name}.weight_packed", (None, None), "int32")
-            self._expect(f"{name}.weight_shape", (2,), "int64")
-            rows, columns = (int(n) for n in self.read(f"{name}.weight_shape"))
-            if columns % scheme.group_size or columns % 8 or min(rows, columns) < 1:
-                raise CheckpointError(
-                    f"{self.folder}: {name}: shape {rows} x {columns} with groups of {scheme.group_size}"
-                )
-            self._expect(f"{name}.weight_packed", (rows, columns // 8), "int32")
-            self._expect(f"{name}.weight_scale", (rows, columns // scheme.group_size), None)
+            if scheme.bits == 4:
+                self._expect(f"{name}.weight_packed", (None, None), "int32")
+                self._expect(f"{name}.weight_shape", (2,), "int64")
+            else:
+                self._expect(f"{self._codes_owner(name)}.weight", (None, None), "int8")
+            rows, columns = self.shape(name)
+            size = scheme.group_size or columns
+            if min(rows, columns) < 1 or columns % size or (scheme.bits == 4 and columns % 8):
+                raise CheckpointError(f"{self.folder}: {name}: shape {rows} x {columns} with groups of {size}")
+            if scheme.bits == 4:
+                self._expect(f"{name}.weight_packed", (rows, columns // 8), "int32")
+            self._expect(f"{name}.weight_scale", (rows, columns // size), None)
             if scheme.activation is Activation.STATIC:
                 self._positive(f"{name}.input_scale")
             elif f"{name}.input_scale" in self.tensors:
                 raise CheckpointError(
                     f"{self.folder}: {name} has an input_scale, its scheme is {scheme.activation.value}"
                 )
+        for name in self.schemes:
+            owner = self._codes_owner(name)
+            if owner != name and self._scales(owner).tobytes() != self._scales(name).tobytes():
+                raise CheckpointError(f"{self.folder}: {name} has the codes of {owner}, but other scales")
         for tensor in self.tensors:
             owner, _, kind = tensor.rpartition(".")
-            if (owner in self.schemes) != (kind in LINEAR_PARTS) and not (owner in self.schemes and kind == "bias"):
+            if owner in self.schemes:
+                sound = kind in (*LINEAR_PARTS[self.schemes[owner].bits], "bias")
+            else:
+                sound = kind not in LINEAR_PARTS[4]
+            if not sound:
                 raise CheckpointError(f"{self.folder}: tensor '{tensor}' belongs to no quantized layer")
+
+    def _codes_owner(self, name: str) -> str:
+        """Return the layer under whose name the codes of `name` are: a tied int8 head has those of the embedding."""
+        if self.schemes[name].bits == 4 or f"{name}.weight" in self.tensors:
+            return name
+        others = [o for o, scheme in self.schemes.items() if scheme.bits == 8 and o != name]
+        tied = len(others) == 1 and self.schemes[others[0]].activation is Activation.NONE
+        return others[0] if tied else name
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the int8 output head and the input embedding are one matrix."""
+        return any(self._codes_owner(name) != name for name in self.schemes)
 
     def _check_cache(self) -> None:
         scheme = self.config["quantization_config"].get("kv_cache_scheme")
@@ -188,6 +215,14 @@ class Checkpoint:
         if not (np.isfinite(value) and value > 0):
             raise CheckpointError(f"{self.folder}: tensor '{tensor}' is {value}, needed a positive number")
 
+    def shape(self, name: str) -> tuple[int, int]:
+        """Return out_features and in_features of a quantized layer."""
+        if self.schemes[name].bits == 4:
+            rows, columns = (int(n) for n in self.read(f"{name}.weight_shape"))
+        else:
+            rows, columns = self.tensors[f"{self._codes_owner(name)}.weight"][1].shape
+        return rows, columns
+
     def read(self, tensor: str) -> np.ndarray:
         """Return a tensor in its stored dtype."""
         return read_tensor(*self.tensors[tensor])
@@ -198,19 +233,22 @@ class Checkpoint:
         Raises:
             CheckpointError: a weight scale is not a positive number.
         """
-        scales = self.read(f"{name}.weight_scale").astype(np.float32)
+        scales = self._scales(name)
         if not (np.isfinite(scales).all() and (scales > 0).all()):
             raise CheckpointError(
                 f"{self.folder}: tensor '{name}.weight_scale' has values that are no positive numbers"
             )
         scheme = self.schemes[name]
+        if scheme.bits == 4:
+            codes = numerics.unpack_int4(self.read(f"{name}.weight_packed"))
+        else:
+            codes = self.read(f"{self._codes_owner(name)}.weight")
         static = scheme.activation is Activation.STATIC
-        return QuantizedLinear(
-            codes=numerics.unpack_int4(self.read(f"{name}.weight_packed")),
-            scales=scales,
-            activation=scheme.activation,
-            input_scale=float(self.read(f"{name}.input_scale")[0]) if static else None,
-        )
+        input_scale = float(self.read(f"{name}.input_scale")[0]) if static else None
+        return QuantizedLinear(codes, scales, scheme.activation, input_scale, scheme.bits)
+
+    def _scales(self, name: str) -> np.ndarray:
+        return self.read(f"{name}.weight_scale").astype(np.float32)
 
     def cache_scales(self) -> dict[str, KVScales]:
         """Return the KV cache scales by attention module; empty when the cache stays in float."""
@@ -219,7 +257,8 @@ class Checkpoint:
 
     def float_tensors(self) -> list[str]:
         """Return the names of all tensors that are not part of a quantized layer or of the cache."""
-        return [name for name in self.tensors if name.rpartition(".")[2] not in (*LINEAR_PARTS, *CACHE_PARTS)]
+        parts = {f"{name}.{part}" for name, scheme in self.schemes.items() for part in LINEAR_PARTS[scheme.bits]}
+        return [n for n in self.tensors if n not in parts and n.rpartition(".")[2] not in CACHE_PARTS]
 
     def statistics(self) -> dict[str, np.ndarray]:
         """Return the arrays of the statistics file; empty if there is none.

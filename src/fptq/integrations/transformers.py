@@ -31,9 +31,9 @@ from fptq.runtime.kernels import REFERENCE
 
 
 class W4A8Linear(nn.Module):
-    """A linear layer on int4 codes: y = x̂·Ŵᵀ + b with the integers of the checkpoint.
+    """A linear layer on int4 codes (of an int8 head: int8): y = x̂·Ŵᵀ + b with the integers of the checkpoint.
 
-    It holds the codes packed, at four bits, and runs the native kernels. Float activations, and tensors that aren't on
+    It holds the codes packed and runs the native kernels. Float activations, and tensors that aren't on
     the CPU, take the reference arithmetic: then the codes exist in float32, too. The variable FPTQ_KERNEL=reference
     makes every layer take it.
     """
@@ -42,11 +42,12 @@ class W4A8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.codes.shape
         self.group_size = linear.group_size
+        self.bits = linear.bits
         self.activation = linear.activation
         self.input_scale = linear.input_scale
         kernels = shared_kernels()
         self.target = kernels.target
-        packed = kernels.pack(linear.codes, linear.scales, bits=numerics.WEIGHT_BITS)
+        packed = kernels.pack(linear.codes, linear.scales, bits=linear.bits)
         self.register_buffer("packed", torch.from_numpy(packed.data), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self._grouped: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -59,8 +60,7 @@ class W4A8Linear(nn.Module):
             y = numerics.w4a8_linear(rows, *self._reference(), self.activation, self.input_scale, self.bias)
             return y.reshape(*x.shape[:-1], self.out_features)
         scale = self.input_scale if self.activation is Activation.STATIC else None
-        size = self.group_size
-        return torch_linear(x, self.packed, self.out_features, size, numerics.WEIGHT_BITS, scale, self.bias)
+        return torch_linear(x, self.packed, self.out_features, self.group_size, self.bits, scale, self.bias)
 
     @property
     def kernel(self) -> str:
@@ -72,7 +72,7 @@ class W4A8Linear(nn.Module):
         """Return codes and scales as `numerics.w4a8_linear` takes them, made once, where the layer is."""
         if self._grouped is None or self._grouped[0].device != self.packed.device:
             n, k, size = self.out_features, self.in_features, self.group_size
-            codes, scales = reference.unpack(self.packed.cpu().numpy(), n, k, size, numerics.WEIGHT_BITS)
+            codes, scales = reference.unpack(self.packed.cpu().numpy(), n, k, size, self.bits)
             grouped = numerics.group_codes(torch.from_numpy(codes), size).contiguous()
             transposed = torch.from_numpy(scales).T.contiguous()
             self._grouped = grouped.to(self.packed.device), transposed.to(self.packed.device)
@@ -81,7 +81,7 @@ class W4A8Linear(nn.Module):
     def extra_repr(self) -> str:
         """Return what print(model) shows."""
         return (
-            f"{self.in_features} -> {self.out_features}, int4 groups of {self.group_size}, "
+            f"{self.in_features} -> {self.out_features}, int{self.bits} groups of {self.group_size}, "
             f"input {self.activation.value}, kernel {self.kernel}"
         )
 
@@ -161,15 +161,20 @@ def load(folder: str | Path) -> tuple[nn.Module, Any]:
     attention = _attention_names(model, architecture, config)
     _check_names(checkpoint, model, attention)
     fill_buffers(model, model)
+    tensors = {}
     for name in checkpoint.schemes:
+        linear, layer = checkpoint.read_linear(name), model.get_submodule(name)
+        if isinstance(layer, nn.Embedding):
+            tensors[f"{name}.weight"] = torch.from_numpy(linear.codes).float().mul_(torch.from_numpy(linear.scales))
+            continue
         parent, _, child = name.rpartition(".")
-        has_bias = model.get_submodule(name).bias is not None
-        bias = _float_tensor(checkpoint, f"{name}.bias") if has_bias else None
-        setattr(model.get_submodule(parent), child, W4A8Linear(checkpoint.read_linear(name), bias))
+        bias = _float_tensor(checkpoint, f"{name}.bias") if layer.bias is not None else None
+        setattr(model.get_submodule(parent), child, W4A8Linear(linear, bias))
     ours = {f"{name}.bias" for name in checkpoint.schemes}
-    tensors = {n: _float_tensor(checkpoint, n) for n in checkpoint.float_tensors() if n not in ours}
+    tensors |= {n: _float_tensor(checkpoint, n) for n in checkpoint.float_tensors() if n not in ours}
     model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
+    if not checkpoint.tied_head:  # an int8 head has the codes, not the embedding's floats
+        model.tie_weights()
     model.requires_grad_(False)
     cache = checkpoint.cache_scales()
     model.fptq_cache_scales = [cache[name] for name in attention] if cache else []
@@ -185,11 +190,11 @@ def _attention_names(model: nn.Module, architecture: Any, config: Any) -> list[s
 
 def _check_names(checkpoint: Checkpoint, model: nn.Module, attention: list[str]) -> None:
     """Raise CheckpointError unless the file has exactly the tensors that the model needs, in its shapes."""
-    tied = tied_names(model)
+    tied = set() if checkpoint.tied_head else tied_names(model)
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items() if name not in tied}
     for name in checkpoint.schemes:
         shape = wanted.pop(f"{name}.weight", None)
-        stored = tuple(int(n) for n in checkpoint.read(f"{name}.weight_shape"))
+        stored = checkpoint.shape(name)
         if shape != stored:
             raise CheckpointError(
                 f"{checkpoint.folder}: layer '{name}' is {list(stored)}, the config makes it {list(shape or ())}"

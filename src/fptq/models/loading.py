@@ -332,10 +332,19 @@ def load_tokenizer(location: Path) -> Any | None:
 
 def tied_names(model: nn.Module) -> set[str]:
     """Return the names of the output head's tensors that are the input embedding's: no file needs them."""
+    return {f"{name}.weight" for name in head_layers(model)[1:]}
+
+
+def head_layers(model: nn.Module) -> list[str]:
+    """Return the names of the modules that have the output head's weight, first the one under whose name files keep it.
+
+    That is the head alone, or the input embedding and the head.
+    """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return set()
-    return {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    if head is None:
+        return []
+    names = {module: name for name, module in model.named_modules()}
+    return [names[module] for module in (embedding, head) if module is head or module.weight is head.weight]
 
 
 def fill_buffers(model: nn.Module, module: nn.Module, skip: set[nn.Module] | None = None) -> None:

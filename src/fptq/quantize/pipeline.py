@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import fptq
+from fptq import numerics
 from fptq.checkpoint import (
     FORMAT_VERSION,
     STATISTICS_FILE,
@@ -33,17 +34,17 @@ from fptq.checkpoint import (
 )
 from fptq.errors import CalibrationError, QuantizationError
 from fptq.models.architectures import attention_name
-from fptq.models.loading import FloatModel, library_versions
+from fptq.models.loading import FloatModel, head_layers, library_versions
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationData, CalibrationSpec, load_calibration
 from fptq.quantize.equalize import equalize_
 from fptq.quantize.observe import BlockStatistics
-from fptq.quantize.policy import BlockPlan, choose_group_size, decide, is_skipped
-from fptq.quantize.rounding import cache_scales, round_weights
+from fptq.quantize.policy import BlockPlan, choose_group_size, decide, decide_head, is_skipped
+from fptq.quantize.rounding import cache_scales, round_head, round_weights
 from fptq.quantize.sqnr import measure_sqnr
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import Workspace, refuse_foreign
-from fptq.recipe import LayerPlan, Recipe, get_recipe
+from fptq.recipe import Activation, Recipe, get_recipe
 from fptq.shards import write_durably, write_json
 
 
@@ -110,6 +111,7 @@ class _Job:
         self.recipe = recipe
         self.data = data
         self.options = options
+        self.head = decide_head(head_layers(source.model), recipe)
         auto = options.storage_dtype == "auto"
         self.storage_dtype = source.storage_dtype() if auto else getattr(torch, options.storage_dtype)
         self.workspace = Workspace(destination, self._identity(), overwrite=options.overwrite)
@@ -228,7 +230,16 @@ class _Job:
     def _write_outside(self, writer: CheckpointWriter) -> None:
         """Store embeddings, last norm and head, first of all: a damaged one shows before hours of work."""
         for part, name in self._outside_parts().items():
-            writer.add_part(part, {name: _stored(name, self.source.read(name), self.storage_dtype)})
+            tensor = self.source.read(name)
+            int8 = name in {f"{layer}.weight" for layer in self.head}
+            writer.add_part(part, self._head(tensor) if int8 else {name: _stored(name, tensor, self.storage_dtype)})
+
+    def _head(self, weight: torch.Tensor) -> dict[str, np.ndarray]:
+        """Return the tensors of the int8 head: codes once, under the embedding's name if tied, scales for each name."""
+        owner = next(iter(self.head))
+        linear = round_head(owner, weight, Activation(self.head[owner]["activation"]))
+        tensors = linear_tensors(owner, linear)
+        return tensors | {f"{layer}.weight_scale": tensors[f"{owner}.weight_scale"] for layer in self.head}
 
     def _outside_parts(self) -> dict[str, str]:
         return {f"outside-{number:05d}": name for number, name in enumerate(self.source.names_outside_blocks())}
@@ -238,6 +249,12 @@ class _Job:
         blocks = [f"block-{index:05d}" for index in range(len(source.blocks))]
         records = [json.loads(writer.part(part, ".json").read_text(encoding="utf-8")) for part in blocks]
         layers = {name: layer for record in records for name, layer in record["layers"].items()}
+        for name, plan in self.head.items():
+            layers[name] = {
+                **plan,
+                "shape": list(source.model.get_submodule(name).weight.shape),
+                **dict.fromkeys(("input_scale", "sqnr_db", "weight_sqnr_db")),
+            }
         cache = {name: c for record in records for name, c in record["cache"].items() if c}
 
         arrays: dict[str, np.ndarray] = {}
@@ -266,8 +283,12 @@ class _Job:
 
     def _quantization_config(self, layers: dict[str, Any]) -> dict[str, Any]:
         schemes = {
-            name: LayerScheme(plan.group_size, plan.activation)
-            for name, plan in ((name, LayerPlan.from_dict(values)) for name, values in layers.items())
+            name: LayerScheme(
+                plan["group_size"],
+                Activation(plan["activation"]),
+                numerics.HEAD_BITS if name in self.head else numerics.WEIGHT_BITS,
+            )
+            for name, plan in layers.items()
         }
         named = self.source.model.named_modules()
         linear = {name for name, module in named if isinstance(module, nn.Linear)}
@@ -329,7 +350,7 @@ def preview(
                 plan = decide(source.groups, statistics, recipe, name)
                 layers |= {f"{name}.{layer}": decision.to_dict() for layer, decision in plan.layers.items()}
                 arrays |= _statistics_arrays(name, statistics, plan)
-    return layers, arrays
+    return layers | decide_head(head_layers(source.model), recipe), arrays
 
 
 def _statistics_arrays(name: str, statistics: BlockStatistics, plan: BlockPlan) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 
@@ -99,6 +100,28 @@ def _choose(group: InputGroup, v: float, recipe: Recipe) -> tuple[Activation, bo
             f"{between}, no LAE ({obstacle}): attention output stays static below v1",
         )
     return Activation.DYNAMIC, False, f"{between}, no LAE ({obstacle})"
+
+
+def decide_head(layers: list[str], recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Return the plans of an int8 head, JSON-ready, with the keys of `LayerPlan`; none where it stays in float.
+
+    The head's input isn't observed, so its scale is each token's own.
+
+    Args:
+        layers: the modules that have the head's weight: the head, or the input embedding and the head.
+        recipe: what is wanted.
+    """
+    if recipe.lm_head == "float":
+        return {}
+    *embedding, head = layers
+    activation = Activation.DYNAMIC if recipe.quantize_activations else Activation.NONE
+    chosen = dict.fromkeys(embedding, ("embedding", Activation.NONE, f"shares its weight with {head}"))
+    chosen[head] = ("head", activation, "the recipe has an int8 head")
+    unknown = dict.fromkeys(("group_size", "equalized_by", "range_before", "range_after", "min_before", "max_before"))
+    return {
+        name: {"role": role, "input": name, "activation": scheme.value, **unknown, "reason": reason}
+        for name, (role, scheme, reason) in chosen.items()
+    }
 
 
 def is_skipped(name: str, recipe: Recipe) -> bool:

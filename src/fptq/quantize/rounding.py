@@ -15,6 +15,7 @@ from fptq.quantize.policy import BlockPlan
 from fptq.recipe import Activation
 
 _LARGEST_WEIGHT = 2.0**111  # numerics.round_to_bfloat16 is finite below
+_SLAB_WEIGHTS = 1 << 24  # of a head: 64 MB in float32
 
 
 @torch.no_grad()
@@ -36,17 +37,36 @@ def round_weights(
                 continue
             layer = plan.layers[name]
             weight = block.get_submodule(name).weight.float()
-            if float(weight.abs().max()) > _LARGEST_WEIGHT:
-                raise QuantizationError(f"{name}: its weights are too large for a float32 scale; the model is damaged")
-            codes, scales = numerics.quantize_weight(weight, layer.group_size)
+            codes, scales = _quantize_weight(name, weight, layer.group_size, numerics.WEIGHT_BITS)
             static = layer.activation is Activation.STATIC
             rounded[name] = QuantizedLinear(
-                codes=codes.numpy(),
-                scales=scales.numpy(),
+                codes=codes,
+                scales=scales,
                 activation=layer.activation,
                 input_scale=static_scale(ranges.inputs[group.layers[0]]) if static else None,
             )
     return rounded
+
+
+def round_head(name: str, weight: torch.Tensor, activation: Activation) -> QuantizedLinear:
+    """Return the int8 codes of a head or embedding [n, k], with one scale a row.
+
+    A vocabulary is long: only some rows at a time exist in float32.
+    """
+    n, k = weight.shape
+    codes, scales = np.empty((n, k), np.int8), np.empty((n, 1), np.float32)
+    step = max(1, _SLAB_WEIGHTS // k)
+    for first in range(0, n, step):
+        rows = slice(first, first + step)
+        codes[rows], scales[rows] = _quantize_weight(name, weight[rows].float(), k, numerics.HEAD_BITS)
+    return QuantizedLinear(codes, scales, activation, None, numerics.HEAD_BITS)
+
+
+def _quantize_weight(name: str, weight: torch.Tensor, group_size: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    if float(weight.abs().max()) > _LARGEST_WEIGHT:
+        raise QuantizationError(f"{name}: its weights are too large for a float32 scale; the model is damaged")
+    codes, scales = numerics.quantize_weight(weight, group_size, bits)
+    return codes.numpy(), scales.numpy()
 
 
 def cache_scales(ranges: Ranges) -> KVScales:
