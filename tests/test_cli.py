@@ -64,6 +64,24 @@ def test_inspect_a_model_decides_the_same_and_writes_nothing(
         assert layer == {key: stored[name][key] for key in layer}
 
 
+@pytest.mark.parametrize("recipe", ["fptq", "rtn-w4a16"])
+def test_an_int8_head_has_a_line(model: Path, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--samples", "4", "--length", "16", "--group-size", "32", "--recipe", recipe, "--lm-head", "int8"]
+    assert main(["inspect", str(model), *options]) == 0
+    planned = capsys.readouterr().out
+    arguments = ["quantize", str(model), "-o", str(tmp_path / "q"), "--calibration", "random", *options]
+    assert main([*arguments, "--quiet"]) == 0
+    assert main(["inspect", str(tmp_path / "q"), "--verify"]) == 0
+    made = capsys.readouterr().out
+    kind = "dynamic" if recipe == "fptq" else "float"
+    for shown in (planned, made):
+        [line] = [line for line in shown.splitlines() if line.startswith("lm_head")]
+        assert line.split() == ["lm_head", "Head", "·", "·", kind, "int8", "·", "·"]
+        [line] = [line for line in shown.splitlines() if line.startswith("Head")]
+        assert line.split().count("1") == 1
+    assert "int8 by rows: lm_head\n" in made
+
+
 def test_evaluate_and_generate(
     model: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,8 +110,9 @@ def test_evaluate_and_generate(
         (["evaluate", "{model}", "--text", "x"], "no quantization_config"),
         (["generate", "{checkpoint}", "w1", "--max-new-tokens", "0"], "max_new_tokens 0"),
         (["inspect", "{checkpoint}", "--v0", "3"], "already decided; --v0"),
+        (["inspect", "{checkpoint}", "--lm-head", "int8"], "already decided; --lm-head"),
         (["inspect", "{model}", "--recipe", "rtn-w4a16", "--v1", "9"], "takes no --v0"),
-        (["generate", "{checkpoint}", "w1", "--top-p", "0.5"], "needs a temperature"),
+        (["generate", "{checkpoint}", "w1", "--top-p", "0.5"], "top_p 0.5: needed a temperature"),
         (["generate", "{tmp}", "w1"], "not a finished checkpoint folder"),
     ],
 )

@@ -6,10 +6,10 @@ averaged over tokens (tokens of a window are correlated, windows hardly), over e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,21 +18,50 @@ from fptq.errors import EvaluationError
 from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean
 from fptq.models.text import read_jsonl
 from fptq.progress import progress_bar
+from fptq.runtime.engine import Engine
 
-_HEAD_ROWS = 256  # positions whose logits exist at once: 262,144 words of vocabulary are 268 MB
+HEAD_ROWS = 256  # positions whose logits exist at once: 262,144 words of vocabulary are 268 MB
 _BATCH_TOKENS = 4096
 
 
+class Scored(Protocol):
+    """A causal language model to be scored."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Words that it knows."""
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that a text may have, if it is limited."""
+
+    def score(self, window: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield log p of the whole vocabulary after each token of a window but the last, [up to HEAD_ROWS, vocabulary].
+
+        Args:
+            window: token ids [length].
+        """
+
+    def predict(self, examples: Sequence[tuple[list[int], int]]) -> list[list[int]]:
+        """Return the likeliest token at every position of each example from `first` on, given all before it.
+
+        Args:
+            examples: token ids, and `first`.
+        """
+
+
 class ScoredModel:
-    """A causal language model to be scored: hidden states first, logits only where they are needed.
+    """A transformers model to be scored.
 
     Args:
-        model: a transformers model in memory.
+        model: in memory.
         new_cache: makes the KV cache of one forward pass, None for no cache.
     """
 
     def __init__(self, model: nn.Module, new_cache: Callable[[], Any] | None = None):
         self.model = model
+        self.vocabulary: int = model.config.vocab_size
+        self.context: int | None = getattr(model.config, "max_position_embeddings", None)
         self._new_cache = new_cache or (lambda: None)
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
 
@@ -49,6 +78,44 @@ class ScoredModel:
         if self._softcap:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return torch.log_softmax(logits, dim=-1)
+
+    def score(self, window: torch.Tensor) -> Iterator[torch.Tensor]:
+        """See `Scored.score`."""
+        for rows in self.hidden(window[None])[0, :-1].split(HEAD_ROWS):
+            yield self.log_probabilities(rows)
+
+    def predict(self, examples: Sequence[tuple[list[int], int]]) -> list[list[int]]:
+        """See `Scored.predict`. Examples are padded on the right: a causal model's earlier positions can't see that."""
+        longest = max(len(tokens) for tokens, _ in examples)
+        hidden = self.hidden(torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in examples]))
+        return [
+            self.log_probabilities(states[first - 1 : len(tokens) - 1]).argmax(1).tolist()
+            for states, (tokens, first) in zip(hidden, examples, strict=True)
+        ]
+
+
+class ScoredEngine:
+    """The native engine to be scored."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.vocabulary = engine.plan.vocabulary
+        self.context = engine.context
+
+    def score(self, window: torch.Tensor) -> Iterator[torch.Tensor]:
+        """See `Scored.score`."""
+        for logits in self.engine.score(window[:-1].tolist(), rows=HEAD_ROWS):
+            yield torch.log_softmax(torch.from_numpy(logits), dim=-1)
+
+    def predict(self, examples: Sequence[tuple[list[int], int]]) -> list[list[int]]:
+        """See `Scored.predict`."""
+        predicted = []
+        for tokens, first in examples:
+            sequence = self.engine.sequence()
+            logits = self.engine.forward([(sequence, tokens[:-1])], last=[len(tokens) - first])
+            predicted.append(logits.argmax(axis=1).tolist())
+            sequence.close()
+        return predicted
 
 
 def cut_windows(tokens: list[int], start: list[int], length: int, limit: int | None) -> torch.Tensor:
@@ -69,7 +136,7 @@ def cut_windows(tokens: list[int], start: list[int], length: int, limit: int | N
 
 
 def score_windows(
-    models: dict[str, ScoredModel], windows: torch.Tensor, *, progress: bool = True
+    models: Mapping[str, Scored], windows: torch.Tensor, *, progress: bool = True
 ) -> dict[str, dict[str, Estimate]]:
     """Return for each model its perplexity and, if one is called "reference", how the others differ from it.
 
@@ -98,18 +165,17 @@ def score_windows(
     return scores
 
 
-def _score_window(models: dict[str, ScoredModel], window: torch.Tensor) -> dict[str, dict[str, float]]:
+def _score_window(models: Mapping[str, Scored], window: torch.Tensor) -> dict[str, dict[str, float]]:
     """Return each model's metrics summed over the positions of one window."""
-    targets = window[1:, None]
-    hidden = {name: model.hidden(window[None])[0, :-1] for name, model in models.items()}
+    targets = window[1:, None].split(HEAD_ROWS)
     totals = {name: {"loss": 0.0} for name in models}
-    for first in range(0, len(targets), _HEAD_ROWS):
-        rows = slice(first, first + _HEAD_ROWS)
-        logs = {name: model.log_probabilities(hidden[name][rows]) for name, model in models.items()}
+    pieces = zip(*(model.score(window) for model in models.values()), strict=True)
+    for target, piece in zip(targets, pieces, strict=True):
+        logs = dict(zip(models, piece, strict=True))
         reference = logs.get("reference")
         for name, log in logs.items():
             total = totals[name]
-            total["loss"] -= float(log.gather(1, targets[rows]).double().sum())
+            total["loss"] -= float(log.gather(1, target).double().sum())
             if reference is None or name == "reference":
                 continue
             divergence = float((reference.exp() * (reference - log)).double().sum())
@@ -120,7 +186,7 @@ def _score_window(models: dict[str, ScoredModel], window: torch.Tensor) -> dict[
 
 
 def score_lambada(
-    models: dict[str, ScoredModel],
+    models: Mapping[str, Scored],
     texts: Iterable[str],
     tokenizer: Any,
     *,
@@ -128,20 +194,16 @@ def score_lambada(
 ) -> dict[str, list[bool]]:
     """Return for each model and text whether greedy decoding gives the text's last word, all its tokens.
 
-    Texts are run in batches of similar length, padded on the right: a causal model's earlier positions can't see that.
+    Texts are run in batches of similar length.
     """
     examples = [_split_last_word(text, tokenizer) for text in texts]
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]))
     correct = {name: [False] * len(examples) for name in models}
     for batch in _counted(list(_batches(order, [len(e[0]) for e in examples])), "LAMBADA", progress):
-        longest = max(len(examples[i][0]) for i in batch)
-        padded = torch.tensor([examples[i][0] + [0] * (longest - len(examples[i][0])) for i in batch])
         for name, model in models.items():
-            hidden = model.hidden(padded)
-            for row, i in enumerate(batch):
+            for i, predicted in zip(batch, model.predict([examples[i] for i in batch]), strict=True):
                 tokens, first = examples[i]
-                best = model.log_probabilities(hidden[row, first - 1 : len(tokens) - 1]).argmax(1)
-                correct[name][i] = best.tolist() == tokens[first:]
+                correct[name][i] = predicted == tokens[first:]
     return correct
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,17 +13,20 @@ import torch
 from fptq.errors import EvaluationError, ModelError
 from fptq.evaluate.estimates import Estimate, mean, share
 from fptq.evaluate.fidelity import (
+    Scored,
+    ScoredEngine,
     ScoredModel,
     cut_windows,
     read_lambada,
     score_lambada,
     score_windows,
 )
-from fptq.integrations.torch_ops import shared_kernels
 from fptq.integrations.transformers import W4A8Linear, load, new_cache
-from fptq.models.loading import FloatModel
+from fptq.models.loading import FloatModel, load_tokenizer
 from fptq.models.text import beginning_of_sequence, hub_text, local_text, read_text
+from fptq.runtime.engine import Engine
 
+RUNTIMES = ("engine", "transformers")
 COMPARISONS = ("kl_divergence", "top1_agreement", "perplexity_ratio", "lambada_difference")
 """The metrics that speak of a difference to the reference."""
 
@@ -36,18 +40,22 @@ class EvaluationSpec:
         lambada: a `.jsonl` file of LAMBADA texts.
         length: tokens of a perplexity window.
         limit: use at most this many windows, and this many LAMBADA examples.
+        runtime: what runs the checkpoint, "engine" or "transformers".
     """
 
     text: str | None = None
     lambada: str | None = None
     length: int = 1024
     limit: int | None = None
+    runtime: str = "engine"
 
     def __post_init__(self) -> None:
         if self.text is None and self.lambada is None:
             raise EvaluationError("nothing to evaluate on: give --text, --lambada, or both")
         if self.length < 2 or (self.limit is not None and self.limit < 1):
             raise EvaluationError(f"--length {self.length}, --limit {self.limit}: needed at least 2 and at least 1")
+        if self.runtime not in RUNTIMES:
+            raise EvaluationError(f"runtime '{self.runtime}': there are {', '.join(RUNTIMES)}")
 
 
 @dataclass(frozen=True)
@@ -87,36 +95,47 @@ def evaluate(folder: str, reference: str | None, spec: EvaluationSpec, *, progre
     Raises:
         FPTQError: a model or a text can't be used.
     """
-    models, tokenizer = open_models({"quantized": folder}, reference)
+    models, tokenizer = open_models({"quantized": folder}, reference, spec.runtime)
     scores, counts = score(models, tokenizer, spec, progress=progress)
-    linears = [module for module in models["quantized"].model.modules() if isinstance(module, W4A8Linear)]
-    ran = {"kernels": sorted({linear.kernel for linear in linears}), "threads": shared_kernels().threads}
+    quantized = models["quantized"]
+    if isinstance(quantized, ScoredEngine):
+        kernels = [quantized.engine.kernels.target]
+    else:
+        kernels = sorted({m.kernel for m in quantized.model.modules() if isinstance(m, W4A8Linear)})
+    ran = {"kernels": kernels, "threads": torch.get_num_threads()}
     settings = {**asdict(spec), **counts, "checkpoint": folder, "reference": reference, **ran}
     return Evaluation(scores["quantized"], scores.get("reference"), settings)
 
 
-def open_models(folders: dict[str, str], reference: str | None) -> tuple[dict[str, ScoredModel], Any]:
+def open_models(
+    folders: dict[str, str], reference: str | None, runtime: str = "engine"
+) -> tuple[dict[str, ScoredModel | ScoredEngine], Any]:
     """Return checkpoints by name, "reference" for the float model, and the tokenizer, which they share.
 
     Raises:
         FPTQError: one can't be loaded, or has another vocabulary.
     """
-    models: dict[str, ScoredModel] = {}
+    models: dict[str, ScoredModel | ScoredEngine] = {}
     if reference is not None:
         models["reference"] = ScoredModel(FloatModel.open(reference).load_all(torch.float32))
+    tokenizer = None
     for name, folder in folders.items():
-        model, tokenizer = load(folder)
+        if runtime == "engine":
+            engine = Engine.open(folder, threads=torch.get_num_threads())
+            models[name], tokenizer = ScoredEngine(engine), load_tokenizer(engine.folder)
+        else:
+            model, tokenizer = load(folder)
+            models[name] = ScoredModel(model, partial(new_cache, model))
         if tokenizer is None:
             raise EvaluationError(f"{folder}: has no tokenizer, so no text can be scored")
-        models[name] = ScoredModel(model, partial(new_cache, model))
-    sizes = {model.model.config.vocab_size for model in models.values()}
+    sizes = {model.vocabulary for model in models.values()}
     if len(sizes) > 1:
         raise ModelError(f"{reference} and {', '.join(folders.values())} have vocabularies of {sizes}: not one model's")
     return models, tokenizer
 
 
 def score(
-    models: dict[str, ScoredModel], tokenizer: Any, spec: EvaluationSpec, *, progress: bool = True
+    models: Mapping[str, Scored], tokenizer: Any, spec: EvaluationSpec, *, progress: bool = True
 ) -> tuple[dict[str, dict[str, Estimate]], dict[str, int]]:
     """Return each model's metrics, and how many windows and examples they come from.
 
@@ -127,10 +146,9 @@ def score(
     counts = {}
     if spec.text is not None:
         for model in models.values():
-            context = getattr(model.model.config, "max_position_embeddings", None)
-            if context and spec.length > context:
+            if model.context and spec.length > model.context:
                 raise EvaluationError(
-                    f"windows of {spec.length} tokens are longer than the model's context of {context}"
+                    f"windows of {spec.length} tokens are longer than the model's context of {model.context}"
                 )
         start = beginning_of_sequence(tokenizer)
         tokens = tokenizer(_load_text(spec.text), add_special_tokens=False).input_ids

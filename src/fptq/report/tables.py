@@ -10,9 +10,10 @@ import numpy as np
 
 from fptq.checkpoint import Checkpoint
 from fptq.evaluate.estimates import Estimate
+from fptq.runtime.benchmark import Ceilings, Measurement
 from fptq.runtime.doctor import PACKAGES, Diagnosis
 
-_ROLES = {"qkv": "QKV", "dense": "Dense", "fc1": "FC1", "fc2": "FC2"}
+_ROLES = {"qkv": "QKV", "dense": "Dense", "fc1": "FC1", "fc2": "FC2", "head": "Head", "embedding": "·"}
 _SHORT = {"static per-tensor": "static", "dynamic per-token": "dynamic", "none": "float"}
 
 
@@ -49,6 +50,36 @@ def diagnosis_table(diagnosis: Diagnosis) -> str:
     return "\n\n".join(["\n".join(facts), targets, packages])
 
 
+def benchmark_table(
+    rows: Sequence[Measurement], ceilings: Ceilings, memory: dict[str, int], times: dict[str, float] | None
+) -> str:
+    """Return what `fptq bench` measured, with shares of the ceilings, and the stages' times if they are given."""
+    header = ["prompt + new × batch", "first token", "prefill tok/s", "of peak", "decode tok/s", "of ceiling"]
+    lines = [
+        [
+            f"{row.prompt} + {row.generate} × {row.batch}",
+            f"{row.first_token_sec * 1e3:.0f} ms",
+            f"{row.prefill_tokens_per_sec:.0f}",
+            f"{row.prefill_tokens_per_sec / row.prefill_ceiling:.0%}",
+            f"{row.decode_tokens_per_sec:.1f}",
+            f"{row.decode_tokens_per_sec / row.decode_ceiling:.0%}",
+        ]
+        for row in rows
+    ]
+    facts = (
+        f"ceilings: memory {ceilings.read_bytes_per_sec / 1e9:.1f} GB/s, int8 "
+        f"{ceilings.operations_per_sec / 1e9:.0f} GOP/s\n"
+        f"memory: {memory['resident_bytes'] / 1e6:.0f} MB resident; weights {memory['weight_bytes'] / 1e6:.0f} MB, "
+        f"KV cache up to {memory['cache_bytes'] / 1e6:.0f} MB"
+    )
+    parts = [format_table(header, lines), facts]
+    if times:
+        total = sum(times.values())
+        shares = [[stage, f"{seconds:.2f} s", f"{seconds / total:.0%}"] for stage, seconds in times.items()]
+        parts.insert(1, format_table(["time in", "", "share"], shares))
+    return "\n\n".join(parts)
+
+
 def plan_table(layers: dict[str, dict[str, Any]]) -> str:
     """Return the plan layer by layer: ranges before and after LAE, scheme, and the measured signal-to-noise."""
     header = ["layer", "input", "range", "after LAE", "activations", "group", "SQNR dB", "weights only"]
@@ -59,15 +90,19 @@ def plan_table(layers: dict[str, dict[str, Any]]) -> str:
             [
                 name,
                 _ROLES[layer["role"]],
-                f"{layer['range_before']:.4g}",
-                f"{layer['range_after']:.4g}" if equalized else "·",
-                ("LAE + " if equalized else "") + _SHORT[layer["activation"]],
-                str(layer["group_size"]),
-                f"{layer['sqnr_db']:.1f}" if "sqnr_db" in layer else "·",
-                f"{layer['weight_sqnr_db']:.1f}" if "weight_sqnr_db" in layer else "·",
+                _known(layer["range_before"], ".4g"),
+                _known(layer["range_after"] if equalized else None, ".4g"),
+                "·" if layer["role"] == "embedding" else ("LAE + " if equalized else "") + _SHORT[layer["activation"]],
+                str(layer["group_size"] or "int8"),
+                _known(layer.get("sqnr_db"), ".1f"),
+                _known(layer.get("weight_sqnr_db"), ".1f"),
             ]
         )
     return format_table(header, rows)
+
+
+def _known(value: float | None, form: str) -> str:
+    return "·" if value is None else f"{value:{form}}"
 
 
 def policy_table(layers: dict[str, dict[str, Any]]) -> str:
@@ -75,6 +110,8 @@ def policy_table(layers: dict[str, dict[str, Any]]) -> str:
     schemes = ["static", "LAE + static", "dynamic", "float"]
     counts: dict[str, dict[str, int]] = {}
     for layer in layers.values():
+        if layer["role"] == "embedding":  # a lookup: it has no activations
+            continue
         scheme = ("LAE + " if layer["equalized_by"] else "") + _SHORT[layer["activation"]]
         row = counts.setdefault(_ROLES[layer["role"]], dict.fromkeys(schemes, 0))
         row[scheme] += 1
@@ -110,22 +147,23 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     """Return size, bits a weight, recipe and calibration in a few lines."""
     record = checkpoint.record
     shards = {path for path, _ in checkpoint.tensors.values()}
-    layers = {name: record["layers"][name]["shape"] for name in checkpoint.schemes}
-    weights = sum(rows * columns for rows, columns in layers.values())
-    kinds = ("weight_packed", "weight_scale")
-    stored = sum(e.stop - e.start for n, (_, e) in checkpoint.tensors.items() if n.rpartition(".")[2] in kinds)
-    worst = sorted(record["layers"].items(), key=lambda item: item[1]["sqnr_db"])[:3]
+    int4 = {name: record["layers"][name] for name, scheme in checkpoint.schemes.items() if scheme.bits == 4}
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in int4.values())
+    parts = (f"{name}.{kind}" for name in int4 for kind in ("weight_packed", "weight_scale"))
+    stored = sum(entry.stop - entry.start for _, entry in map(checkpoint.tensors.__getitem__, parts))
+    int8 = ", ".join(sorted(checkpoint.schemes.keys() - int4.keys()))
+    worst = sorted(int4.items(), key=lambda item: item[1]["sqnr_db"])[:3]
     calibration = record["calibration"]
     recipe = record["recipe"]
     changes = f", always dynamic: {', '.join(recipe['dynamic'])}" if recipe["dynamic"] else ""
     changes += f", in float: {', '.join(recipe['skip'])}" if recipe["skip"] else ""
-    sizes = Counter(scheme.group_size for scheme in checkpoint.schemes.values())
+    sizes = Counter(layer["group_size"] for layer in int4.values())
     groups = ", ".join(f"{size} in {count} layers" for size, count in sorted(sizes.items()))
     return "\n".join(
         [
             f"{checkpoint.folder}: {sum(p.stat().st_size for p in shards) / 1e6:.1f} MB in {len(shards)} shard(s)",
             f"  {weights / 1e6:.1f} M weights in int4, {8 * stored / weights:.2f} bits each with their scales; "
-            f"KV cache {'int8' if record['cache'] else 'float'}",
+            f"KV cache {'int8' if record['cache'] else 'float'}" + (f"; int8 by rows: {int8}" if int8 else ""),
             f"  recipe {recipe['name']}: v0 {recipe['v0']:g}, v1 {recipe['v1']:g}, alpha {recipe['alpha']:g}{changes}; "
             f"weight groups of {groups}",
             f"  calibrated on {calibration['source']}: {calibration['samples']} samples of {calibration['length']} "

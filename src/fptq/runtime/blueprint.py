@@ -1,7 +1,7 @@
 """A decoder as data: which layers it has, what they are called in the checkpoint, and how they are put together.
 
-`blueprint(config)` turns a config.json into a `Blueprint`; the table at the end has a row for each architecture that the
-engine runs. Names inside a block are relative to it.
+`blueprint(config)` turns a config.json into a `Blueprint`; the table at the end has a row for each architecture that
+the engine runs. Names inside a block are relative to it.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def _gated(
 ) -> Blueprint:
     """Llama and its kin: RMSNorm, rotary attention with grouped heads, and a gated MLP."""
     heads = c["num_attention_heads"]
-    kv_heads = c.get("num_key_value_heads", heads)
+    kv_heads = int(c.get("num_key_value_heads", heads) or heads)
     head_dim = c.get("head_dim", c["hidden_size"] // heads)
     if c.get("use_bidirectional_attention"):
         raise UnsupportedModelError("bidirectional attention")
@@ -293,7 +293,7 @@ def _gated(
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "inner": c["intermediate_size"],
-        "activation": _activation(c.get("hidden_activation", c["hidden_act"])),
+        "activation": _activation(str(c.get("hidden_activation", c["hidden_act"]))),
         "gated": True,
         "softmax_scale": head_dim**-0.5,
         "embedding": "model.embed_tokens",
@@ -351,7 +351,7 @@ def _glm4(c: Config) -> Blueprint:
 
 
 def _bloom(c: Config) -> Blueprint:
-    hidden, heads = c["hidden_size"], c.get("n_head", c.get("num_attention_heads"))
+    hidden, heads = c["hidden_size"], int(c["n_head"] if "n_head" in c else c["num_attention_heads"])
     head_dim = hidden // heads
 
     def norm(name: str) -> Norm:
@@ -370,7 +370,7 @@ def _bloom(c: Config) -> Blueprint:
     )
     return Blueprint(
         prefix="transformer.h",
-        blocks=(block,) * c.get("n_layer", c.get("num_hidden_layers")),
+        blocks=(block,) * int(c["n_layer"] if "n_layer" in c else c["num_hidden_layers"]),
         vocabulary=c["vocab_size"],
         hidden=hidden,
         heads=heads,

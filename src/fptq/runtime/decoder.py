@@ -73,7 +73,7 @@ class NativeDecoder:
         plan = weights.blueprint
         self._vocabulary = plan.vocabulary
         self._blocks = len(weights.blocks)
-        self._native = kernels.new_decoder(
+        self._model = kernels.new_decoder(
             hidden=plan.hidden,
             heads=plan.heads,
             kv_heads=plan.kv_heads,
@@ -87,7 +87,7 @@ class NativeDecoder:
             residual_from_norm=plan.residual_from_norm,
         )
         embedding = weights.embedding
-        self._native.set_embedding(
+        self._model.set_embedding(
             data=embedding.data,
             n=embedding.n,
             k=embedding.k,
@@ -107,7 +107,7 @@ class NativeDecoder:
                 block.mlp_output_norm,
             )
             projections = (block.qkv, block.output, block.up, block.down)
-            self._native.add_block(
+            self._model.add_block(
                 norms=[_norm_data(norm) for norm in norms],
                 projections=[_projection_data(projection) for projection in projections],
                 columns=[projection.columns for projection in projections],
@@ -120,20 +120,20 @@ class NativeDecoder:
                 value_scale=block.cache_scales.value,
             )
         head = weights.head
-        self._native.set_head(norm=_norm_data(weights.final_norm), head=_projection_data(head), columns=head.columns)
+        self._model.set_head(norm=_norm_data(weights.final_norm), head=_projection_data(head), columns=head.columns)
 
     def step(self, tokens: Array, runs: Sequence[Run], cache: PageCache, wanted: Array) -> Array:
         """See `Decoder.step`."""
         logits = np.empty((len(wanted), self._vocabulary), np.float32)
         data = [(run.rows, run.first_position, run.pages) for run in runs]
-        failed = self._native.forward(tokens, data, cache.keys, cache.values, wanted, logits)
+        failed = self._model.forward(tokens, data, cache.keys, cache.values, wanted, logits)
         if failed >= 0:
             raise _not_finite(failed, self._blocks)
         return logits
 
     def take_times(self) -> dict[str, float]:
         """See `Decoder.take_times`."""
-        return dict(self._native.take_times())
+        return dict(self._model.take_times())
 
 
 def _norm_data(norm: NormWeights | None) -> tuple[Array, Array | None, float, bool] | None:
@@ -245,9 +245,9 @@ class PythonDecoder:
 
     def _place(self, states: Array, norm: NormWeights | None, block: BlockWeights, positions: Array) -> Array:
         """Return states [m, heads, head_dim], normed and rotated to their positions."""
-        heads = np.ascontiguousarray(states).reshape(-1, self._weights.blueprint.head_dim)
-        heads = self._normalize(heads, norm) if norm else heads
-        heads = heads.reshape(len(states), -1, heads.shape[1])
+        d = self._weights.blueprint.head_dim
+        rows = np.ascontiguousarray(states).reshape(-1, d)
+        heads = (self._normalize(rows, norm) if norm else rows).reshape(len(states), -1, d)
         if block.rotation is None:
             return heads
         cosines, sines = (table[positions][:, None] for table in block.rotation)

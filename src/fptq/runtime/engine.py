@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from fptq.runtime.tokenizer import TextStream, Tokenizer
 from fptq.runtime.weights import DecoderWeights, load_weights
 
 Array = np.ndarray
+TokenIds: TypeAlias = "Ids[int] | Array"
 
 DEFAULT_CONTEXT = 8192
 PREFILL_ROWS = 256
@@ -146,71 +147,59 @@ class Engine:
 
     def take_times(self) -> dict[str, float]:
         """Return the seconds that each stage of all steps took since the last call; native code counts them."""
-        return self._open()._decoder.take_times()
+        return self._running().take_times()
 
     def sequence(self) -> Sequence:
         """Return an empty sequence; `close` it to give its pages back."""
-        return Sequence(self._open().cache, self.context)
+        self._running()
+        return Sequence(self.cache, self.context)
 
-    def forward(self, batch: Ids[tuple[Sequence, Ids[int]]], *, all_positions: bool = False) -> Array:
+    def forward(self, batch: Ids[tuple[Sequence, TokenIds]], *, last: Ids[int] | None = None) -> Array:
         """Append tokens to sequences and return the logits float32 [rows, vocabulary] of what comes after.
 
         Args:
             batch: sequences, each once, with their new tokens, at least one.
-            all_positions: return a row for each token, not only for each sequence's last.
+            last: how many of each sequence's new tokens have a row; by default only the last.
 
         Raises:
             GenerationError: no tokens, or ids that aren't in the vocabulary.
             EngineError: a sequence becomes longer than the context, the cache is full, or the engine is closed.
         """
-        decoder = self._open()._decoder
-        assert decoder is not None
-        pending = deque((sequence, self._checked(ids)) for sequence, ids in batch)
-        if len({id(sequence) for sequence, _ in pending}) < len(pending):
+        decoder = self._running()
+        texts = [(sequence, self._checked(ids)) for sequence, ids in batch]
+        if len({id(sequence) for sequence, _ in texts}) < len(texts):
             raise EngineError("a sequence appears twice in a batch")
-        pages = {id(sequence): sequence.reserve(sequence.length + len(ids)) for sequence, ids in pending}
-        logits: list[Array] = []
-        while pending:
-            tokens, runs, wanted, room = [], [], [], PREFILL_ROWS if len(pending[0][1]) > 1 else MAX_ROWS
-            advanced = []
-            rows = 0
-            while pending and rows < room:
-                sequence, ids = pending.popleft()
-                part, rest = ids[: room - rows], ids[room - rows :]
-                runs.append(Run(len(part), sequence.length, pages[id(sequence)]))
-                tokens.append(part)
-                rows += len(part)
-                if all_positions:
-                    wanted += range(rows - len(part), rows)
-                elif not len(rest):
-                    wanted.append(rows - 1)
-                advanced.append((sequence, len(part)))
-                if len(rest):
-                    pending.appendleft((sequence, rest))
-                    break
-            logits.append(decoder.step(np.concatenate(tokens), runs, self.cache, np.array(wanted, np.int64)))
-            for sequence, count in advanced:
-                sequence.length += count
+        rows = [1] * len(texts) if last is None else list(last)
+        pages = [sequence.reserve(sequence.length + len(ids)) for sequence, ids in texts]
+        logits = []
+        for step in _steps([len(ids) for _, ids in texts]):
+            tokens = np.concatenate([texts[i][1][start:stop] for i, start, stop in step])
+            runs = [Run(stop - start, texts[i][0].length, pages[i]) for i, start, stop in step]
+            wanted = np.concatenate([np.arange(start, stop) >= len(texts[i][1]) - rows[i] for i, start, stop in step])
+            logits.append(decoder.step(tokens, runs, self.cache, np.flatnonzero(wanted)))
+            for i, start, stop in step:
+                texts[i][0].length += stop - start
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
-    def logits(self, ids: Ids[int]) -> Array:
+    def logits(self, ids: TokenIds) -> Array:
         """Return the logits float32 [tokens, vocabulary] after every token of a text; see `score` for long ones."""
         return np.concatenate(list(self.score(ids)))
 
-    def score(self, ids: Ids[int]) -> Iterator[Array]:
-        """Yield the logits after every token of a text in pieces float32 [up to PREFILL_ROWS, vocabulary]."""
-        ids = self._checked(ids)
+    def score(self, ids: TokenIds, *, rows: int = PREFILL_ROWS) -> Iterator[Array]:
+        """Yield the logits after every token of a text in pieces float32 [up to `rows`, vocabulary]."""
+        tokens = self._checked(ids)
         sequence = self.sequence()
         try:
-            sequence.reserve(len(ids))
-            for start in range(0, len(ids), PREFILL_ROWS):
-                yield self.forward([(sequence, ids[start : start + PREFILL_ROWS])], all_positions=True)
+            sequence.reserve(len(tokens))
+            for start in range(0, len(tokens), rows):
+                part = tokens[start : start + rows]
+                yield self.forward([(sequence, part)], last=[len(part)])
         finally:
             sequence.close()
 
     def generate(
         self,
-        prompt: Ids[int],
+        prompt: TokenIds,
         *,
         sampling: Sampling | None = None,
         max_new_tokens: int | None = None,
@@ -241,7 +230,7 @@ class Engine:
 
     def generate_batch(
         self,
-        prompts: Iterable[Ids[int]],
+        prompts: Iterable[TokenIds],
         *,
         concurrent: int | None = None,
         sampling: Sampling | None = None,
@@ -287,7 +276,7 @@ class Engine:
 
     def _text(
         self,
-        prompt: Ids[int],
+        prompt: TokenIds,
         sampling: Sampling | None,
         max_new_tokens: int | None,
         stop: Iterable[str],
@@ -311,7 +300,7 @@ class Engine:
         if stop_ids is None:
             stop_ids = self.tokenizer.stop_ids if self.tokenizer else ()
         limit = min(max_new_tokens or self.context, self.context - len(ids))
-        sampler = Sampler(sampling or Sampling(), ids)
+        sampler = Sampler(sampling or Sampling(), ids.tolist())
         stream = TextStream(self.tokenizer) if self.tokenizer else None
         place = self.sequence() if sequence is None else sequence
         return _Text(
@@ -334,7 +323,7 @@ class Engine:
             if not keep:
                 text.sequence.close()
 
-    def _checked(self, ids: Ids[int]) -> Array:
+    def _checked(self, ids: TokenIds) -> Array:
         """Return token ids as int32, or raise GenerationError."""
         array = np.asarray(ids)
         if array.ndim != 1 or not array.size:
@@ -345,10 +334,32 @@ class Engine:
             )
         return array.astype(np.int32)
 
-    def _open(self) -> Engine:
+    def _running(self) -> Decoder:
         if self._decoder is None:
             raise EngineError("the engine is closed")
-        return self
+        return self._decoder
+
+
+def _steps(lengths: list[int]) -> Iterator[list[tuple[int, int, int]]]:
+    """Yield steps that together run texts of these lengths: (text, first token, the token after the last) of each part.
+
+    Texts stay in order. A step has up to PREFILL_ROWS tokens, or if all texts have only one, up to MAX_ROWS.
+    """
+    most = PREFILL_ROWS if max(lengths, default=0) > 1 else MAX_ROWS
+    step: list[tuple[int, int, int]] = []
+    room = most
+    for i, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            stop = min(length, start + room)
+            step.append((i, start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield step
+                step, room = [], most
+    if step:
+        yield step
 
 
 class _Text:
@@ -357,7 +368,7 @@ class _Text:
     def __init__(
         self,
         sequence: Sequence,
-        pending: Any,
+        pending: TokenIds,
         sampler: Sampler,
         stream: TextStream | None,
         stops: StopStrings,
@@ -386,7 +397,8 @@ class _Text:
             rest, stopped = self._stops.push(self._stream.finish() if self._stream else "")
             text += rest if stopped else rest + self._stops.finish()
             reason = "stop" if stopped else reason
-        probability, others = None, ()
+        probability: float | None = None
+        others: tuple[tuple[int, float], ...] = ()
         if self._alternatives is not None:
             probability = float(log_probabilities(logits, [token])[0])
             others = tuple(top_log_probabilities(logits, self._alternatives))

@@ -169,10 +169,10 @@ def _place(weights: Array, share: float) -> int:
     Summed in runs first, since a running sum of all is slow.
     """
     runs = np.cumsum(np.add.reduceat(weights, np.arange(0, weights.size, _RUN), dtype=np.float64))
-    point = min(share * runs[-1], np.nextafter(runs[-1], 0))  # rounding may not carry it to the end
+    point = share * runs[-1]  # below the last sum even rounded, as the share is at most 1 - 2^-53
     run = int(np.searchsorted(runs, point, side="right"))
     sums = np.cumsum(weights[run * _RUN : (run + 1) * _RUN].astype(np.float64))
-    point = min(point - (runs[run - 1] if run else 0), np.nextafter(sums[-1], 0))
+    point = min(point - (runs[run - 1] if run else 0), np.nextafter(sums[-1], 0))  # these sums round in another way
     return run * _RUN + int(np.searchsorted(sums, point, side="right"))
 
 
