@@ -1,6 +1,12 @@
 """The engine beside the transformers path, and beside itself: alone and batched, in chunks and whole."""
 
 import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,29 +14,107 @@ import numpy as np
 import pytest
 import torch
 
+from fptq.checkpoint import Checkpoint
+from fptq.errors import CheckpointError, EngineError, GenerationError, KernelError, UnsupportedModelError
 from fptq.integrations.transformers import load, new_cache
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.recipe import get_recipe
-from fptq.runtime import decoder as decoders
+from fptq.runtime import engine as engines
+from fptq.runtime.decoder import PythonDecoder
 from fptq.runtime.engine import Engine
-from fptq.runtime.kernels import REFERENCE, Kernels
+from fptq.runtime.kernels import Kernels
+from fptq.runtime.kv_cache import PAGE_TOKENS
+from fptq.runtime.sampling import Sampling
 from tiny import VARIANTS, save_tiny, token_ids
 from tokens import save_tokenizer
 
 RANDOM = CalibrationSpec("random", samples=4, length=24)
 REFUSED = ("opt-post-norm", "gpt_neox", "gpt_neox-sequential-relu", "falcon-7b", "falcon-40b", "falcon-rw")
-RUN = [name for name in VARIANTS if name not in REFUSED]
 
 
-def checkpoint_of(folder: Path, variant: str, recipe: str = "fptq", **changes: object) -> Path:
+def checkpoint_of(folder: Path, variant: str, *, recipe: dict | None = None, **changes: object) -> Path:
     model = save_tiny(folder / "model", variant, spread=0.5, **changes)
     save_tokenizer(model, chat=True)
-    return quantize(str(model), folder / "q", get_recipe(recipe, group_size=32), RANDOM, Options(progress=False))
+    wanted = get_recipe("fptq", group_size=32, **(recipe or {}))
+    return quantize(str(model), folder / "q", wanted, RANDOM, Options(progress=False))
 
 
-@pytest.fixture(scope="module", params=RUN)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint_of(tmp_path_factory.mktemp(request.param), request.param)
+MODELS = {name: (name, {}, {}) for name in VARIANTS if name not in REFUSED} | {
+    "llama-head8": ("llama", {"lm_head": "int8"}, {}),
+    "gemma2-head8-capped": ("gemma2", {"lm_head": "int8"}, {"final_logit_softcapping": 3.0}),
+    "untied-head8": ("llama-bias-untied", {"lm_head": "int8"}, {}),
+    "one-layer-in-float": ("llama", {"skip": ("model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj")}, {}),
+    "all-dynamic": ("qwen2", {"v0": 0.0, "v1": 0.0}, {}),
+    "odd-widths": (
+        "llama",
+        {},
+        {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 155},
+    ),
+    "llama3-rotary": (
+        "llama",
+        {},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "yarn-rotary": (
+        "qwen3",
+        {},
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "longrope-rotary": (
+        "phi3",
+        {},
+        {
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+                "long_factor": [2.0] * 8,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+            },
+        },
+    ),
+    "linear-rotary": ("gemma", {}, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "bloom-residual-from-norm": ("bloom", {}, {"apply_residual_connection_post_layernorm": True}),
+    "bloom-six-heads": ("bloom", {}, {"hidden_size": 96, "n_head": 6}),
+}
+"""Name → (variant of tiny.py, changes to the recipe, changes to the model)."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    made: dict[str, Path] = {}
+
+    class Folders(dict):
+        def __missing__(self, name: str) -> Path:
+            variant, recipe, changes = MODELS[name]
+            made[name] = checkpoint_of(tmp_path_factory.mktemp(name), variant, recipe=recipe, **changes)
+            self[name] = made[name]
+            return made[name]
+
+    yield Folders()
+
+
+@pytest.fixture
+def llama(folders: dict[str, Path]) -> Path:
+    return folders["llama"]
 
 
 def transformers_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
@@ -39,7 +123,7 @@ def transformers_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(ids)[None], past_key_values=new_cache(model), use_cache=True).logits[0].numpy()
 
 
-def near(got: np.ndarray, wanted: np.ndarray) -> bool:
+def is_near(got: np.ndarray, wanted: np.ndarray) -> bool:
     """Whether logits differ by no more than what a code that falls on the other side of a rounding boundary makes.
 
     Both paths round float32 sums differently. That moves a value across a boundary of the next layer's codes now and
@@ -50,7 +134,325 @@ def near(got: np.ndarray, wanted: np.ndarray) -> bool:
     return bool(np.median(difference) <= 1e-5 * scale and difference.max() <= 0.05 * scale)
 
 
-def test_logits_are_those_of_the_transformers_path(folder: Path) -> None:
-    ids = token_ids(1, 40)[0].numpy()
-    with Engine.open(folder, threads=2) as engine:
-        assert near(engine.logits(ids), transformers_logits(folder, ids))
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_the_transformers_path(folders: dict[str, Path], name: str) -> None:
+    ids = token_ids(1, 40, 150)[0].numpy()
+    with Engine.open(folders[name], threads=2) as engine:
+        assert is_near(engine.logits(ids), transformers_logits(folders[name], ids))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_native_step_is_the_one_in_python(folders: dict[str, Path], name: str) -> None:
+    """Both call the same kernels on the same rows, but for norms fused with quantization and the order of products."""
+    ids = token_ids(1, 150, 150)[0].numpy()
+    with Engine.open(folders[name], threads=2) as engine:
+        native = engine.logits(ids)
+        engine._decoder = PythonDecoder(engine.kernels, engine.weights)
+        assert is_near(native, engine.logits(ids))
+
+
+@pytest.mark.parametrize("fault", ["key scale", "rotation", "norm", "window", "bias"])
+def test_planted_faults_are_found(folders: dict[str, Path], fault: str) -> None:
+    name = {"window": "mistral-sliding", "bias": "llama-bias-untied"}.get(fault, "llama")
+    ids = token_ids(1, 40, 150)[0].numpy()
+    with Engine.open(folders[name], threads=1) as engine:
+        right = engine.logits(ids)
+        block = engine.weights.blocks[1]
+        if fault == "key scale":
+            changed = dataclasses.replace(block, cache_scales=dataclasses.replace(block.cache_scales, key=0.9))
+        elif fault == "rotation":
+            cosines, sines = block.rotation
+            changed = dataclasses.replace(block, rotation=(np.roll(cosines, 1, 0), sines))
+        elif fault == "norm":
+            norm = dataclasses.replace(block.mlp_norm, weight=block.mlp_norm.weight[::-1].copy())
+            changed = dataclasses.replace(block, mlp_norm=norm)
+        elif fault == "window":
+            changed = dataclasses.replace(block, window=block.window + 1)
+        else:
+            part = dataclasses.replace(block.qkv.parts[0], bias=None)
+            changed = dataclasses.replace(block, qkv=dataclasses.replace(block.qkv, parts=(part,)))
+        weights = dataclasses.replace(engine.weights, blocks=(engine.weights.blocks[0], changed))
+        wrong = Engine(engine.folder, engine.plan, weights, engine.cache, engine.kernels)
+        assert not is_near(wrong.logits(ids), right)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bloom", "opt", "mistral-sliding", "glm4"])
+def test_greedy_tokens_are_those_of_the_transformers_path(folders: dict[str, Path], name: str) -> None:
+    model, _ = load(folders[name])
+    prompt = token_ids(1, 12, 150)
+    with torch.no_grad():
+        wanted = model.generate(
+            prompt, max_new_tokens=24, do_sample=False, past_key_values=new_cache(model), eos_token_id=None
+        )
+    with Engine.open(folders[name], threads=2) as engine:
+        pieces = list(engine.generate(prompt[0].tolist(), max_new_tokens=24, stop_ids=()))
+    assert [piece.token for piece in pieces] == wanted[0, 12:].tolist()
+
+
+def test_chunked_prefill_is_the_whole_and_decoding_is_prefill(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = token_ids(1, 150, 150)[0].numpy()
+    with Engine.open(llama, threads=2) as engine:
+        whole = engine.logits(ids)
+        for rows in (1, 7, 64, 149):
+            assert is_near(np.concatenate(list(engine.score(ids, rows=rows))), whole)
+        monkeypatch.setattr(engines, "PREFILL_ROWS", 11)  # a step ends within a text
+        first, second = engine.sequence(), engine.sequence()
+        last = engine.forward([(first, ids[:90]), (second, ids[:40])], last=[3, 40])
+        assert is_near(last, np.concatenate([whole[87:90], whole[:40]]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bloom"])
+def test_batched_is_alone(folders: dict[str, Path], name: str) -> None:
+    prompts = [row[:length].tolist() for row, length in zip(token_ids(5, 70, 150), (1, 64, 9, 70, 33), strict=True)]
+    options = {"max_new_tokens": 20, "stop_ids": (), "sampling": Sampling(temperature=0.8, seed=3)}
+    with Engine.open(folders[name], threads=2, sequences=3) as engine:
+        together = engine.generate_batch(prompts, **options)
+        for prompt, completion in zip(prompts, together, strict=True):
+            alone = [piece.token for piece in engine.generate(prompt, **options)]
+            assert list(completion.tokens) == alone
+            assert completion.finish_reason == "length"
+        assert engine.cache.free_tokens == engine.cache.tokens
+
+
+def test_pages_are_reused_safely(llama: Path) -> None:
+    """A sequence that gets another's pages, in another order, computes what it would in fresh ones."""
+    rows = token_ids(3, 200, 150).numpy()
+    with Engine.open(llama, threads=2, context=200, sequences=2) as engine:
+        fresh = engine.logits(rows[2])
+        a, b = engine.sequence(), engine.sequence()
+        engine.forward([(a, rows[0, :70]), (b, rows[1, :130])])
+        with pytest.raises(EngineError, match="the KV cache is full"):
+            engine.forward([(engine.sequence(), rows[2, :199])])
+        a.close()
+        c = engine.sequence()
+        again = engine.forward([(c, rows[2, :100])], last=[100])
+        before = engine.forward([(b, rows[1, 130:140])], last=[10])
+        assert is_near(again, fresh[:100])
+        assert is_near(before, engine_logits_alone(llama, rows[1, :140])[130:])
+        c.truncate(40)
+        assert is_near(engine.forward([(c, rows[2, 40:120])], last=[80]), fresh[40:120])
+        b.close()
+        c.close()
+        assert engine.cache.free_tokens == engine.cache.tokens
+
+
+def engine_logits_alone(folder: Path, ids: np.ndarray) -> np.ndarray:
+    with Engine.open(folder, threads=1) as engine:
+        return engine.logits(ids)
+
+
+def test_long_sequences_are_looked_at_in_parts(folders: dict[str, Path]) -> None:
+    """With several threads and few heads, decoding splits the keys; with one thread it doesn't."""
+    ids = token_ids(1, 250, 150)[0].numpy()
+    for name in ("qwen2", "gemma3", "bloom"):
+        with Engine.open(folders[name], threads=3) as split, Engine.open(folders[name], threads=1) as whole:
+            got = np.concatenate(list(split.score(ids, rows=1)))
+            assert is_near(got, np.concatenate(list(whole.score(ids, rows=1))))
+
+
+def test_text_stops_where_it_should(llama: Path) -> None:
+    with Engine.open(llama, threads=1) as engine:
+        tokenizer = engine.tokenizer
+        prompt = tokenizer.encode("w1 w2 w3")
+        options = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.0, seed=0)}
+        free = engine.generate_batch([prompt], stop_ids=(), **options)[0]
+        assert free.text == tokenizer.decode(free.tokens)
+        assert free.finish_reason == "length"
+        words = free.text.split()
+        assert len(words) > 4
+        stopped = engine.generate_batch([prompt], stop_ids=(), stop=[words[3]], **options)[0]
+        assert stopped.finish_reason == "stop"
+        assert stopped.text.split() == words[: words.index(words[3])]
+        ended = list(engine.generate(prompt, stop_ids=[free.tokens[2]], **options))
+        assert [piece.token for piece in ended] == list(free.tokens[: free.tokens.index(free.tokens[2]) + 1])
+        assert ended[-1].finish_reason == "stop"
+        full = list(engine.generate(token_ids(1, 250, 150)[0].tolist(), stop_ids=()))
+        assert len(full) == 6
+        assert full[-1].finish_reason == "length"
+
+
+def test_log_probabilities_are_those_of_the_logits(llama: Path) -> None:
+    with Engine.open(llama, threads=1) as engine:
+        prompt = [5, 6, 7]
+        pieces = list(engine.generate(prompt, max_new_tokens=3, stop_ids=(), log_probabilities=4))
+        tokens = [*prompt, *(piece.token for piece in pieces)]
+        wanted = torch.log_softmax(torch.from_numpy(engine.logits(tokens)[2:-1]).double(), -1)
+        for piece, row in zip(pieces, wanted, strict=True):
+            assert piece.log_probability == pytest.approx(float(row[piece.token]), abs=1e-4)
+            assert [token for token, _ in piece.alternatives] == row.topk(4).indices.tolist()
+        assert list(engine.generate(prompt, max_new_tokens=1))[0].log_probability is None
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda e: e.generate([]), GenerationError, "the prompt is empty"),
+        (lambda e: e.logits([]), GenerationError, "the prompt is empty"),
+        (lambda e: e.generate([160]), GenerationError, "from 160 to 160: needed integers from 0 to 159"),
+        (lambda e: e.logits([-1]), GenerationError, "needed integers from 0"),
+        (lambda e: e.generate([0.5]), GenerationError, "needed integers"),
+        (lambda e: e.generate([1] * 256), GenerationError, "256 tokens, the context 256: shorten the prompt"),
+        (lambda e: e.logits([1] * 257), EngineError, "257 tokens don't fit the context of 256"),
+        (lambda e: e.generate([1], max_new_tokens=0), GenerationError, "max_new_tokens 0"),
+        (lambda e: e.generate([1], log_probabilities=-1), GenerationError, "log_probabilities -1"),
+        (lambda e: e.generate_batch([[1]], concurrent=0), GenerationError, "concurrent 0"),
+        (lambda e: (lambda s: e.forward([(s, [1]), (s, [2])]))(e.sequence()), EngineError, "twice"),
+    ],
+)
+def test_mistakes_are_explained(llama: Path, call: object, error: type, message: str) -> None:
+    with Engine.open(llama, threads=1) as engine:
+        with pytest.raises(error, match=message):
+            call(engine)
+        assert engine.logits([1, 2]).shape == (2, 160)
+        assert engine.cache.free_tokens == engine.cache.tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"threads": 0}, KernelError, "0 threads"),
+        ({"context": 0}, EngineError, "context 0"),
+        ({"context": 257}, EngineError, "at most 256"),
+        ({"sequences": 0}, EngineError, "sequences 0"),
+    ],
+)
+def test_openings_that_cannot_be(llama: Path, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Engine.open(llama, **options)
+
+
+@pytest.mark.parametrize("variant", REFUSED)
+def test_what_the_engine_does_not_run_it_names(variant: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"the engine doesn't run .*--runtime transformers"):
+        Engine.open(checkpoint_of(tmp_path, variant))
+
+
+def test_weight_only_checkpoints_are_refused(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    folder = quantize(
+        str(model), tmp_path / "q", get_recipe("rtn-w4a16", group_size=32), RANDOM, Options(progress=False)
+    )
+    with pytest.raises(UnsupportedModelError, match="a KV cache in float"):
+        Engine.open(folder)
+
+
+def edited(folder: Path, tmp_path: Path, **values: object) -> Path:
+    """Return a copy of a checkpoint with other values in config.json."""
+    import json
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **values}))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"hidden_act": "mish"}, UnsupportedModelError, "activation 'mish'"),
+        ({"model_type": "mamba"}, UnsupportedModelError, "architecture 'mamba'"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, UnsupportedModelError, "type 'spiral'"),
+        ({"intermediate_size": 128}, CheckpointError, r"is \[96, 64\], the config makes it \[128, 64\]"),
+        ({"num_hidden_layers": 1}, CheckpointError, "has no place in the model"),
+        ({"num_hidden_layers": 3}, CheckpointError, "has no KV cache scales"),
+        ({"hidden_size": "wide"}, CheckpointError, "a value of architecture 'llama' is missing or wrong"),
+        ({"vocab_size": 161}, CheckpointError, r"the config makes it \[161, 64\]"),
+        ({"tie_word_embeddings": True}, CheckpointError, "'lm_head.weight' has no place in the model"),
+    ],
+)
+def test_configs_that_do_not_fit(llama: Path, tmp_path: Path, values: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Engine.open(edited(llama, tmp_path, **values))
+
+
+def test_activations_that_are_no_numbers_are_an_error(llama: Path) -> None:
+    with Engine.open(llama, threads=1) as engine:
+        engine.weights.blocks[1].mlp_norm.weight[3] = np.nan
+        with pytest.raises(EngineError, match="infinite or NaN before block 1"):
+            engine.logits([1, 2, 3])
+
+
+def threads_of_process() -> int:
+    return len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else threading.active_count()
+
+
+def test_closing_gives_threads_back_and_two_engines_live_side_by_side(llama: Path) -> None:
+    before = threads_of_process()
+    one, two = Engine.open(llama, threads=3), Engine.open(llama, threads=2)
+    ids = [1, 2, 3]
+    np.testing.assert_array_equal(one.logits(ids), two.logits(ids))
+    one.close()
+    assert two.logits(ids).shape == (3, 160)
+    with pytest.raises(EngineError, match="closed"):
+        one.logits(ids)
+    two.close()
+    assert threads_of_process() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_computes_and_does_not_hang(llama: Path) -> None:
+    with Engine.open(llama, threads=3) as engine:
+        wanted = engine.logits([1, 2, 3])
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(0 if np.array_equal(engine.logits([1, 2, 3]), wanted) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        np.testing.assert_array_equal(engine.logits([1, 2, 3]), wanted)
+
+
+def test_an_interrupt_ends_generation_and_leaves_a_sound_engine(llama: Path) -> None:
+    with Engine.open(llama, threads=2) as engine:
+        wanted = [piece.token for piece in engine.generate([1, 2], max_new_tokens=50, stop_ids=())]
+
+        def interrupted() -> None:
+            for number, _ in enumerate(engine.generate([1, 2], max_new_tokens=50, stop_ids=())):
+                if number == 10:
+                    signal.raise_signal(signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert engine.cache.free_tokens == engine.cache.tokens
+        assert [piece.token for piece in engine.generate([1, 2], max_new_tokens=50, stop_ids=())] == wanted
+
+
+def test_the_numpy_reference_runs_it_too(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = token_ids(1, 20, 150)[0].numpy()
+    native = engine_logits_alone(llama, ids)
+    monkeypatch.setenv("FPTQ_KERNEL", "reference")
+    with Engine.open(llama) as engine:
+        assert engine.kernels.target == "reference"
+        assert is_near(engine.logits(ids), native)
+
+
+def test_running_needs_no_torch(llama: Path) -> None:
+    code = (
+        "import sys; from fptq.cli import main; "
+        f"assert main(['generate', {str(llama)!r}, 'w1 w2', '--max-new-tokens', '3']) == 0; "
+        "heavy = {'torch', 'transformers', 'huggingface_hub', 'safetensors'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_engines_hold_little_more_than_weights_and_cache(llama: Path) -> None:
+    with Engine.open(llama, threads=1, context=100) as engine:
+        checkpoint = Checkpoint.open(llama)
+        codes = sum(checkpoint.read_linear(name).codes.size for name in checkpoint.schemes)
+        assert codes / 2 < engine.weight_bytes < codes * (0.5 + 2 / 32) + 160 * 64 * 4 + 1
+        assert engine.cache.tokens == 2 * PAGE_TOKENS
+        assert engine.cache.token_bytes == 2 * 2 * 2 * 16
+
+
+def test_packing_words_is_packing_codes() -> None:
+    rng = np.random.default_rng(0)
+    from fptq import numerics
+
+    for n, k, groups in ((70, 96, 3), (32, 8, 1), (1, 64, 8)):
+        codes = rng.integers(-8, 8, (n, k)).astype(np.int8)
+        scales = numerics.round_to_bfloat16(rng.uniform(0.1, 1, (n, groups)).astype(np.float32))
+        kernels = Kernels(threads=2)
+        import ml_dtypes
+
+        words = kernels.pack_words(numerics.pack_int4(codes), scales.astype(ml_dtypes.bfloat16))
+        np.testing.assert_array_equal(words.data, kernels.pack(codes, scales).data)

@@ -255,7 +255,7 @@ class Engine:
             self._text(prompt, sampling, max_new_tokens, stop, stop_ids, log_probabilities, None) for prompt in prompts
         )
         texts = list(waiting)
-        most = concurrent or self.cache.tokens // whole_pages(self.context)
+        most = self.cache.tokens // whole_pages(self.context) if concurrent is None else concurrent
         if most < 1:
             raise GenerationError(f"concurrent {most}: needed at least 1")
         running: list[_Text] = []
