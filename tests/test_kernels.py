@@ -341,6 +341,15 @@ def attention_case(
     return got, wanted, relative[..., None] * 128 * arguments["value_scale"]
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 543}, {"window": 1100, "softcap": 20.0}, {"alibi": True}], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 1), (9, 1)])
+def test_attention_of_one_row_over_many_keys(native: Kernels, options: dict, heads: int, kv_heads: int) -> None:
+    """Single rows look at a few hundred keys at a time."""
+    for before in (511, 512, 1029, 1500):
+        got, wanted, bound = attention_case(native, options, 32, 64, heads, kv_heads, 1, before)
+        assert (np.abs(got - wanted) <= bound).all()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -1,5 +1,8 @@
 // Attention over an int8 cache.
 
+constexpr int64_t kRowKeys = 512;  // positions whose scores a single row has at a time
+template <class Isa>
+constexpr int64_t kRowStride = kRowKeys + 2 * Isa::kLanes;  // the last vectors may be written past the last position
 constexpr float kNoScore = -1e30f;  // below every score, and finite: a difference of two isn't NaN
 
 // Consecutive keys from `position` on, up to `end`, that lie in one page and one block.
@@ -157,13 +160,16 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
   }
 }
 
-// Scores of H heads with V vectors of keys, whose codes are `stride` apart from channel to channel.
+// Scores of H heads with V vectors of keys, whose codes are `stride` apart from channel to channel. `soon` is
+// prefetched.
 template <class Isa, int V, int H>
-void score_keys(const float* q, int64_t width, int64_t d, const int8_t* codes, int64_t stride, float* p) {
+void score_keys(const float* q, int64_t width, int64_t d, const int8_t* codes, int64_t stride, const int8_t* soon,
+                float* p) {
   typename Isa::Float sum[H][V];
   for (int h = 0; h < H; ++h)
     for (int v = 0; v < V; ++v) sum[h][v] = Isa::splat(0.0f);
-  for (int64_t i = 0; i < d; ++i, codes += stride) {
+  for (int64_t i = 0; i < d; ++i, codes += stride, soon += stride) {
+    __builtin_prefetch(soon);
     typename Isa::Float k[V];
     for (int v = 0; v < V; ++v) k[v] = Isa::load_int8(codes + v * Isa::kLanes);
     for (int h = 0; h < H; ++h) {
@@ -172,20 +178,22 @@ void score_keys(const float* q, int64_t width, int64_t d, const int8_t* codes, i
     }
   }
   for (int h = 0; h < H; ++h)
-    for (int v = 0; v < V; ++v) Isa::store(p + h * kKeyBlock + v * Isa::kLanes, sum[h][v]);
+    for (int v = 0; v < V; ++v) Isa::store(p + h * kRowStride<Isa> + v * Isa::kLanes, sum[h][v]);
 }
 
-// out += Σ p·value over `count` tokens for H heads and V vectors of channels.
+// out += Σ p·value over `count` tokens for H heads and V vectors of channels. `soon` is prefetched.
 template <class Isa, int V, int H>
-void add_values(const float* p, int64_t count, const int8_t* codes, int64_t stride, float* out, int64_t width) {
+void add_values(const float* p, int64_t count, const int8_t* codes, int64_t stride, const int8_t* soon, float* out,
+                int64_t width) {
   typename Isa::Float sum[H][V];
   for (int h = 0; h < H; ++h)
     for (int v = 0; v < V; ++v) sum[h][v] = Isa::load(out + h * width + v * Isa::kLanes);
-  for (int64_t t = 0; t < count; ++t, codes += stride) {
+  for (int64_t t = 0; t < count; ++t, codes += stride, soon += stride) {
+    __builtin_prefetch(soon);
     typename Isa::Float x[V];
     for (int v = 0; v < V; ++v) x[v] = Isa::load_int8(codes + v * Isa::kLanes);
     for (int h = 0; h < H; ++h) {
-      const auto weight = Isa::splat(p[h * kKeyBlock + t]);
+      const auto weight = Isa::splat(p[h * kRowStride<Isa> + t]);
       for (int v = 0; v < V; ++v) sum[h][v] = Isa::multiply_add(x[v], weight, sum[h][v]);
     }
   }
@@ -202,6 +210,57 @@ void for_heads(int64_t heads, const Function& function, int64_t first = 0) {
   }
 }
 
+// Scores of one vector of keys with all heads, of which only `valid` lie side by side.
+template <class Isa>
+void score_some_keys(const AttentionProduct& a, const float* q, int64_t width, const int8_t* codes, int64_t valid,
+                     float* p) {
+  constexpr int L = Isa::kLanes;
+  for (int64_t h = 0; h < a.heads; ++h) {
+    auto sum = Isa::splat(0.0f);
+    for (int64_t i = 0; i < a.head_dim; ++i) {
+      int8_t some[L] = {};
+      for (int64_t j = 0; j < valid && j < L; ++j) some[j] = codes[i * a.page_tokens + j];
+      sum = Isa::multiply_add(Isa::load_int8(some), Isa::splat(q[h * width + i]), sum);
+    }
+    Isa::store(p + h * kRowStride<Isa>, sum);
+  }
+}
+
+// Softmax of one head's `count` scores for keys from `start` on, in place and not yet divided by its sum: the largest
+// score so far, the sum so far, and the factor for what was added up before are brought up to date.
+template <class Isa>
+float soften(const AttentionProduct& a, int64_t h, int64_t start, int64_t count, int64_t at, float* scores,
+             float& largest, float& total) {
+  using Float = typename Isa::Float;
+  constexpr int L = Isa::kLanes;
+  for (int64_t j = count; j % L; ++j) scores[j] = 2 * kNoScore;
+  Float now = Isa::splat(largest);
+  for (int64_t j = 0; j < count; j += L) {
+    Float s = Isa::load(scores + j);
+    if (a.softcap != 0.0f) {
+      const Float capped = hyperbolic_tangent<Isa>(Isa::divide(s, Isa::splat(a.softcap)));
+      s = Isa::where_less(s, Isa::splat(kNoScore), s, Isa::multiply(Isa::splat(a.softcap), capped));
+    }
+    if (a.alibi_slopes) {
+      float distance[L];
+      for (int l = 0; l < L; ++l) distance[l] = static_cast<float>(start + j + l - at);
+      s = Isa::multiply_add(Isa::splat(a.alibi_slopes[h]), Isa::load(distance), s);
+    }
+    Isa::store(scores + j, s);
+    now = Isa::max(now, s);
+  }
+  const float highest = Isa::reduce_max(now), change = __builtin_expf(largest - highest);
+  largest = highest;
+  Float sum = Isa::splat(0.0f);
+  for (int64_t j = 0; j < count; j += L) {
+    const Float e = exponential<Isa>(Isa::subtract(Isa::load(scores + j), Isa::splat(highest)));
+    Isa::store(scores + j, e);
+    sum = Isa::add(sum, e);
+  }
+  total = total * change + Isa::reduce_add(sum);
+  return change;
+}
+
 // Attention of a single row's query heads: what decoding needs. Keys are in the lanes for the scores, channels for the
 // outputs, so that nothing is added across lanes, and every code becomes a float once for all heads.
 template <class Isa>
@@ -210,11 +269,11 @@ void attend_row(const AttentionProduct& a, int64_t row) {
   constexpr int L = Isa::kLanes, kHeads = Isa::kAttentionTile;
   const int64_t d = a.head_dim, width = (d + L - 1) / L * L;
   const int64_t heads = a.heads, at = a.first_position + row;
-  float* const q = a.scratch;                    // [heads][width]
-  float* const out = q + heads * width;          // [heads][width]
-  float* const p = out + heads * width;          // [heads][kKeyBlock]
-  float* const largest = p + heads * kKeyBlock;  // [heads]
-  float* const total = largest + heads;          // [heads]
+  float* const q = a.scratch;                          // [heads][width]
+  float* const out = q + heads * width;                // [heads][width]
+  float* const p = out + heads * width;                // [heads][kRowStride]
+  float* const largest = p + heads * kRowStride<Isa>;  // [heads]
+  float* const total = largest + heads;                // [heads]
   for (int64_t h = 0; h < heads; ++h) {
     const float* from = a.queries + row * a.query_stride + h * d;
     for (int64_t i = 0; i < width; ++i) {
@@ -226,82 +285,47 @@ void attend_row(const AttentionProduct& a, int64_t row) {
   }
   const int64_t seen = a.window && at - a.window + 1 > 0 ? at - a.window + 1 : 0;
   const int64_t begin = a.begin > seen ? a.begin : seen, end = a.end && a.end <= at ? a.end : at + 1;
-  for (int64_t start = begin, count; start < end; start += count) {
-    count = page_rows(a, start, end);
-    const int8_t* const keys = key_of(a, start);
-    const int8_t* const values = value_of(a, start);
-    const int64_t room = a.page_tokens - start % a.page_tokens;  // keys that lie side by side from here
-    if (start + count < end) {
-      const int8_t* const next = key_of(a, start + count);
-      for (int64_t i = 0; i < d; ++i) __builtin_prefetch(next + i * a.page_tokens);
-    }
-    for (int64_t i = 0; i < count * d; i += 64) __builtin_prefetch(values + i);
-    int64_t t = 0;
-    for (; t < count && t + 2 * L <= room && t + 2 * L <= kKeyBlock; t += 2 * L)
-      for_heads<kHeads>(heads, [&]<int H>(int64_t h) {
-        score_keys<Isa, 2, H>(q + h * width, width, d, keys + t, a.page_tokens, p + h * kKeyBlock + t);
-      });
-    for (; t < count; t += L) {
-      const int8_t* codes = keys + t;
-      int8_t some[L] = {};
-      for (int64_t h = 0; h < heads; ++h) {
-        Float sum = Isa::splat(0.0f);
-        for (int64_t i = 0; i < d; ++i) {
-          if (t + L > room) {  // not beyond the page
-            for (int64_t j = 0; j < room - t; ++j) some[j] = keys[i * a.page_tokens + t + j];
-            codes = some;
-          } else {
-            codes = keys + i * a.page_tokens + t;
-          }
-          sum = Isa::multiply_add(Isa::load_int8(codes), Isa::splat(q[h * width + i]), sum);
-        }
-        Isa::store(p + h * kKeyBlock + t, sum);
-      }
+  for (int64_t start = begin, stop; start < end; start = stop) {
+    stop = end - start < kRowKeys ? end : start + kRowKeys;
+    for (int64_t key = start, count; key < stop; key += count) {
+      count = page_rows(a, key, stop);
+      const int8_t* const codes = key_of(a, key);
+      const int8_t* soon = key + count < stop ? key_of(a, key + count) : value_of(a, start);
+      const int64_t side_by_side = a.page_tokens - key % a.page_tokens;
+      float* const scores = p + (key - start);
+      int64_t t = 0;
+      for (; t < count && t + 2 * L <= side_by_side; t += 2 * L, soon = codes)
+        for_heads<kHeads>(heads, [&]<int H>(int64_t h) {
+          score_keys<Isa, 2, H>(q + h * width, width, d, codes + t, a.page_tokens, soon,
+                                scores + h * kRowStride<Isa> + t);
+        });
+      for (; t < count; t += L) score_some_keys<Isa>(a, q, width, codes + t, side_by_side - t, scores + t);
     }
     for (int64_t h = 0; h < heads; ++h) {
-      float* const scores = p + h * kKeyBlock;
-      for (int64_t j = count; j % L; ++j) scores[j] = 2 * kNoScore;
-      Float now = Isa::splat(largest[h]);
-      for (int64_t j = 0; j < count; j += L) {
-        Float s = Isa::load(scores + j);
-        if (a.softcap != 0.0f) {
-          const Float capped = hyperbolic_tangent<Isa>(Isa::divide(s, Isa::splat(a.softcap)));
-          s = Isa::where_less(s, Isa::splat(kNoScore), s, Isa::multiply(Isa::splat(a.softcap), capped));
-        }
-        if (a.alibi_slopes) {
-          float distance[L];
-          for (int l = 0; l < L; ++l) distance[l] = static_cast<float>(start + j + l - at);
-          s = Isa::multiply_add(Isa::splat(a.alibi_slopes[h]), Isa::load(distance), s);
-        }
-        Isa::store(scores + j, s);
-        now = Isa::max(now, s);
-      }
-      const float highest = Isa::reduce_max(now);
-      const float change = __builtin_expf(largest[h] - highest);
-      largest[h] = highest;
-      Float sum = Isa::splat(0.0f);
-      for (int64_t j = 0; j < count; j += L) {
-        const Float e = exponential<Isa>(Isa::subtract(Isa::load(scores + j), Isa::splat(highest)));
-        Isa::store(scores + j, e);
-        sum = Isa::add(sum, e);
-      }
-      total[h] = total[h] * change + Isa::reduce_add(sum);
-      if (change != 1.0f)
-        for (int64_t i = 0; i < width; i += L)
-          Isa::store(out + h * width + i, Isa::multiply(Isa::load(out + h * width + i), Isa::splat(change)));
+      const float change = soften<Isa>(a, h, start, stop - start, at, p + h * kRowStride<Isa>, largest[h], total[h]);
+      for (int64_t i = 0; i < width && change != 1.0f; i += L)
+        Isa::store(out + h * width + i, Isa::multiply(Isa::load(out + h * width + i), Isa::splat(change)));
     }
-    int64_t i = 0;
-    for (; i + 2 * L <= d; i += 2 * L)
-      for_heads<kHeads>(heads, [&]<int H>(int64_t h) {
-        add_values<Isa, 2, H>(p + h * kKeyBlock, count, values + i, d, out + h * width + i, width);
-      });
-    for (; i + L <= d; i += L)
-      for_heads<kHeads>(heads, [&]<int H>(int64_t h) {
-        add_values<Isa, 1, H>(p + h * kKeyBlock, count, values + i, d, out + h * width + i, width);
-      });
-    for (; i < d; ++i)
-      for (int64_t h = 0; h < heads; ++h)
-        for (int64_t j = 0; j < count; ++j) out[h * width + i] += p[h * kKeyBlock + j] * values[j * d + i];
+    for (int64_t key = start, count; key < stop; key += count) {
+      count = page_rows(a, key, stop);
+      const int8_t* const codes = value_of(a, key);
+      const int8_t* const soon = key + count < stop ? value_of(a, key + count) : codes;
+      const float* const weights = p + (key - start);
+      int64_t i = 0;
+      for (; i + 2 * L <= d; i += 2 * L)
+        for_heads<kHeads>(heads, [&]<int H>(int64_t h) {
+          add_values<Isa, 2, H>(weights + h * kRowStride<Isa>, count, codes + i, d, soon + i, out + h * width + i,
+                                width);
+        });
+      for (; i + L <= d; i += L)
+        for_heads<kHeads>(heads, [&]<int H>(int64_t h) {
+          add_values<Isa, 1, H>(weights + h * kRowStride<Isa>, count, codes + i, d, soon + i, out + h * width + i,
+                                width);
+        });
+      for (; i < d; ++i)
+        for (int64_t h = 0; h < heads; ++h)
+          for (int64_t t = 0; t < count; ++t) out[h * width + i] += weights[h * kRowStride<Isa> + t] * codes[t * d + i];
+    }
   }
   for (int64_t h = 0; h < heads; ++h) {
     if (a.partial) {
@@ -322,7 +346,7 @@ int64_t attention_scratch(int64_t heads, int64_t head_dim) {
   constexpr int64_t L = Isa::kLanes, W = 2 * L;
   const int64_t width = (head_dim + L - 1) / L * L;
   const int64_t lanes = 2 * head_dim * W + kKeyBlock * W + kKeyBlock * head_dim;
-  const int64_t row = 2 * heads * width + heads * kKeyBlock + 2 * heads;
+  const int64_t row = heads * (2 * width + kRowStride<Isa> + 2);
   return lanes > row ? lanes : row;
 }
 
