@@ -3,7 +3,7 @@
 template <class Isa>
 inline constexpr int kVectors = kPanelChannels / Isa::kLanes;
 
-constexpr int kPrefetchBytes = 4096;  // ahead in the stream of weights
+constexpr int kPrefetchBytes = 8192;  // ahead in the stream of weights
 
 // Weights that are prefetched while a tile is multiplied: an address for each step.
 struct Ahead {

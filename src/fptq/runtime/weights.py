@@ -183,9 +183,10 @@ class _Loader:
         attention = prefix + block.attention
         if attention not in self.cache_scales:
             raise CheckpointError(f"{self.checkpoint.folder}: '{attention}' has no KV cache scales")
+        # Packed in the order of use: what a product prefetches beyond its end is the next one's beginning.
         qkv, starts = self._projection(prefix, block.qkv, plan.hidden, (queries, keys, keys))
-        up, halves = self._projection(prefix, block.up, plan.hidden, (inner, inner) if plan.gated else (inner,))
         output, _ = self._projection(prefix, (block.output,), queries, (plan.hidden,))
+        up, halves = self._projection(prefix, block.up, plan.hidden, (inner, inner) if plan.gated else (inner,))
         down, _ = self._projection(prefix, (block.down,), inner, (plan.hidden,))
         rotation = None
         if block.rotary:
