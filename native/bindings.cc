@@ -90,10 +90,16 @@ class Decoder {
     model_.residual_from_norm = residual_from_norm;
   }
 
-  void set_embedding(Array<const uint8_t, 1> data, int64_t n, int64_t k, int64_t group_size, int bits, float scale,
-                     Optional<const float, 2> positions, const NormData& norm) {
-    model_.embedding = {
-        {n, k, group_size, static_cast<WeightType>(bits)}, keep(data), scale, keep(positions), to_norm(norm)};
+  void set_embedding(Optional<const uint8_t, 1> data, int file, int64_t offset, int64_t n, int64_t k,
+                     int64_t group_size, int bits, float scale, Optional<const float, 2> positions,
+                     const NormData& norm) {
+    model_.embedding = {{n, k, group_size, static_cast<WeightType>(bits)},
+                        keep(data),
+                        file,
+                        offset,
+                        scale,
+                        keep(positions),
+                        to_norm(norm)};
   }
 
   void add_block(const std::vector<NormData>& norms, const std::vector<std::vector<MatrixData>>& projections,
@@ -365,8 +371,9 @@ NB_MODULE(_native, m) {
            nb::arg("head_dim"), nb::arg("inner"), nb::arg("activation"), nb::arg("softmax_scale"),
            nb::arg("attention_softcap"), nb::arg("logit_softcap"), nb::arg("alibi_slopes").none(),
            nb::arg("residual_from_norm"))
-      .def("set_embedding", &Decoder::set_embedding, nb::arg("data"), nb::arg("n"), nb::arg("k"), nb::arg("group_size"),
-           nb::arg("bits"), nb::arg("scale"), nb::arg("positions").none(), nb::arg("norm").none())
+      .def("set_embedding", &Decoder::set_embedding, nb::arg("data").none(), nb::arg("file"), nb::arg("offset"),
+           nb::arg("n"), nb::arg("k"), nb::arg("group_size"), nb::arg("bits"), nb::arg("scale"),
+           nb::arg("positions").none(), nb::arg("norm").none())
       .def("add_block", &Decoder::add_block, nb::arg("norms"), nb::arg("projections"), nb::arg("columns"),
            nb::arg("key_column"), nb::arg("value_column"), nb::arg("up_column"), nb::arg("rotation").none(),
            nb::arg("window"), nb::arg("key_scale"), nb::arg("value_scale"))

@@ -1,9 +1,13 @@
 #include "decoder.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 namespace fptq {
 namespace {
@@ -27,6 +31,17 @@ float bfloat16_at(const uint8_t* p) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
+}
+
+void read_file(int file, int64_t offset, int64_t bytes, uint8_t* to) {
+  while (bytes > 0) {
+    const ssize_t got = pread(file, to, static_cast<size_t>(bytes), static_cast<off_t>(offset));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) throw std::runtime_error("the checkpoint's file can't be read any more");
+    offset += got;
+    bytes -= got;
+    to += got;
+  }
 }
 
 void rotate(float* x, const Rotation& rotation, int64_t position) {
@@ -90,9 +105,9 @@ class Step {
 
   void embed(const int32_t* tokens) {
     const Embedding& e = model_.embedding;
-    for_rows(rows_, model_.hidden, workspace_, [&](int64_t row, int) {
+    for_rows(rows_, model_.hidden, workspace_, [&](int64_t row, int thread) {
       float* const x = x_ + row * model_.hidden;
-      look_up(tokens[row], x);
+      look_up(tokens[row], x, workspace_.scratch[thread]);
       for (int64_t i = 0; i < model_.hidden; ++i) x[i] *= e.scale;
       if (e.positions) {
         const float* const p = e.positions + state_.positions[row] * model_.hidden;
@@ -102,22 +117,31 @@ class Step {
     });
   }
 
-  void look_up(int64_t token, float* x) const {
+  void look_up(int64_t token, float* x, Buffer& scratch) const {
     const Embedding& e = model_.embedding;
     const int64_t k = e.shape.k;
-    if (e.shape.type == WeightType::float32) {
-      std::memcpy(x, e.data + token * k * 4, static_cast<size_t>(k) * 4);
-    } else if (e.shape.type == WeightType::bfloat16) {
-      for (int64_t i = 0; i < k; ++i) x[i] = bfloat16_at(e.data + (token * k + i) * 2);
-    } else {
-      const int64_t channel = token % kPanelChannels, steps = e.shape.group_steps();
-      const uint8_t* group = e.data + token / kPanelChannels * e.shape.panel_bytes();
-      for (int64_t i = 0; i < k; i += e.shape.group_size, group += e.shape.group_bytes()) {
-        const float scale = bfloat16_at(group + steps * e.shape.step_bytes() + channel * 2);
-        for (int64_t j = 0; j < e.shape.group_size; ++j) {
-          const uint8_t code = group[j / kStepInputs * e.shape.step_bytes() + channel * kStepInputs + j % kStepInputs];
-          x[i + j] = static_cast<float>(code - e.shape.offset()) * scale;
-        }
+    if (e.shape.is_float()) {
+      const int64_t bytes = k * static_cast<int>(e.shape.type) / 8;
+      const uint8_t* row = e.data + token * bytes;
+      if (!e.data) {
+        auto* const read = scratch.reserve_array<uint8_t>(bytes);
+        read_file(e.file, e.offset + token * bytes, bytes, read);
+        row = read;
+      }
+      if (e.shape.type == WeightType::float32) {
+        std::memcpy(x, row, static_cast<size_t>(bytes));
+      } else {
+        for (int64_t i = 0; i < k; ++i) x[i] = bfloat16_at(row + i * 2);
+      }
+      return;
+    }
+    const int64_t channel = token % kPanelChannels, steps = e.shape.group_steps();
+    const uint8_t* group = e.data + token / kPanelChannels * e.shape.panel_bytes();
+    for (int64_t i = 0; i < k; i += e.shape.group_size, group += e.shape.group_bytes()) {
+      const float scale = bfloat16_at(group + steps * e.shape.step_bytes() + channel * 2);
+      for (int64_t j = 0; j < e.shape.group_size; ++j) {
+        const uint8_t code = group[j / kStepInputs * e.shape.step_bytes() + channel * kStepInputs + j % kStepInputs];
+        x[i + j] = static_cast<float>(code - e.shape.offset()) * scale;
       }
     }
   }

@@ -47,6 +47,8 @@ struct Block {
 struct Embedding {
   Shape shape{};                  // [vocabulary, hidden]
   const uint8_t* data = nullptr;  // float types: row after row; int8: packed, as an output head would have it
+  int file = -1;                  // without data: where float rows are read from,
+  int64_t offset = 0;             // and the first one's place in the file
   float scale = 1;
   const float* positions = nullptr;  // [positions, hidden]: learned, added; or null
   Norm norm{};

@@ -2,8 +2,8 @@
 
 A file is: 8 bytes little-endian length N; N bytes of JSON, name → {dtype, shape, data_offsets}, padded with spaces to a
 multiple of 8; the tensors' bytes without gaps. The reader checks all of that before it hands out the first tensor, so
-that a cut file or a damaged header is an error and never a wrong tensor. Tensors are read, not mapped, but for
-`map_tensor`: the pages of a 140 GB model must not count as this process's memory.
+that a cut file or a damaged header is an error and never a wrong tensor. It maps nothing: the pages of a 140 GB model
+must not count as this process's memory.
 """
 
 from __future__ import annotations
@@ -123,11 +123,6 @@ def read_tensor(path: Path, entry: TensorEntry) -> np.ndarray:
         file.seek(entry.start)
         data = np.fromfile(file, dtype=np.uint8, count=entry.stop - entry.start)
     return data.view(entry.dtype).reshape(entry.shape)
-
-
-def map_tensor(path: Path, entry: TensorEntry) -> np.ndarray:
-    """Return a tensor's bytes as a read-only view of the file, uint8 [bytes]: only what is touched is in memory."""
-    return np.memmap(path, np.uint8, "r", entry.start, (entry.stop - entry.start,))
 
 
 def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -84,7 +84,9 @@ class Decoder:
     def set_embedding(
         self,
         *,
-        data: Array,
+        data: Array | None,
+        file: int,
+        offset: int,
         n: int,
         k: int,
         group_size: int,

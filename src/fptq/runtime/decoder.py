@@ -6,6 +6,8 @@ reference where there is no native code, and is what the native one is tested ag
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -89,6 +91,8 @@ class NativeDecoder:
         embedding = weights.embedding
         self._model.set_embedding(
             data=embedding.data,
+            file=embedding.file.fileno() if embedding.file else -1,
+            offset=embedding.offset,
             n=embedding.n,
             k=embedding.k,
             group_size=embedding.k,
@@ -194,6 +198,12 @@ class PythonDecoder:
 
     def _embed(self, tokens: Array) -> Array:
         table = self._weights.embedding
+        if table.file:
+            size = table.k * table.bits // 8
+            rows = [os.pread(table.file.fileno(), size, table.offset + int(token) * size) for token in tokens]
+            table = dataclasses.replace(table, data=np.frombuffer(b"".join(rows), np.uint8))
+            tokens = np.arange(len(tokens))
+        assert table.data is not None
         if table.bits > 8:
             dtype = np.float32 if table.bits == 32 else ml_dtypes.bfloat16
             return table.data.view(dtype).reshape(-1, table.k)[tokens].astype(np.float32)

@@ -10,6 +10,8 @@ Products are computed from the very codes and scales of the file, keys and value
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -121,11 +123,14 @@ class Engine:
         weights = load_weights(checkpoint, plan, kernels, context)
         engine = cls(checkpoint.folder, plan, weights, PageCache(plan, sequences * whole_pages(context)), kernels)
         engine.context = context
+        give_back_memory()
         return engine
 
     def close(self) -> None:
         """End the threads and give the memory back; nothing can be run any more."""
         self._decoder = None
+        if self.weights.embedding.file:
+            self.weights.embedding.file.close()
         del self.weights, self.cache, self.kernels
 
     def __enter__(self) -> Engine:
@@ -138,7 +143,9 @@ class Engine:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The checkpoint's tokenizer, opened when it is first needed; None if it has none."""
-        return Tokenizer.open(self.folder)
+        tokenizer = Tokenizer.open(self.folder)
+        give_back_memory()  # a parsed tokenizer.json takes several times what is kept of it
+        return tokenizer
 
     @property
     def weight_bytes(self) -> int:
@@ -360,6 +367,12 @@ def _steps(lengths: list[int]) -> Iterator[list[tuple[int, int, int]]]:
                 step, room = [], most
     if step:
         yield step
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, where the C library keeps it otherwise (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ from fptq.recipe import Activation
 from fptq.runtime.blueprint import Block, Blueprint, Linear, Norm
 from fptq.runtime.kernels import FLOAT_BITS, Kernels, Weights
 from fptq.runtime.reference import PANEL_CHANNELS
-from fptq.shards import TensorEntry, map_tensor
+from fptq.shards import TensorEntry
 
 Array = np.ndarray
 
@@ -84,19 +85,23 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class Embedding:
-    """The embedding matrix: float rows as bytes, mapped from the file, or packed int8.
+    """The embedding matrix. Float rows stay in the file: of a large vocabulary a text needs few.
 
     Attributes:
-        data: uint8 [bytes].
         n: vocabulary.
         k: hidden.
         bits: 8 (packed), 16 or 32 (rows).
+        data: uint8 [bytes] in memory; None: in the file.
+        file: open, of the shard.
+        offset: of the first row in it, in bytes.
     """
 
-    data: Array
     n: int
     k: int
     bits: int
+    data: Array | None = None
+    file: BinaryIO | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -227,15 +232,14 @@ class _Loader:
         if plan.embedding in schemes:
             shared = self.checkpoint.tied_head and plan.head in schemes
             weights = head.weights if shared else self._linear("", Linear(plan.embedding), *shape).weights
-            return projection, Embedding(weights.data, *shape, weights.bits)
+            return projection, Embedding(*shape, weights.bits, weights.data)
         tensor = self._entry(name, shape)
         if tensor.dtype.name in FLOAT_BITS:
             self.unused.discard(name)
-            return projection, Embedding(
-                map_tensor(*self.checkpoint.tensors[name]), *shape, FLOAT_BITS[tensor.dtype.name]
-            )
+            file = self.checkpoint.tensors[name][0].open("rb", buffering=0)
+            return projection, Embedding(*shape, FLOAT_BITS[tensor.dtype.name], file=file, offset=tensor.start)
         rows = self._stored(name, shape)
-        return projection, Embedding(rows.view(np.uint8).reshape(-1), *shape, FLOAT_BITS[rows.dtype.name])
+        return projection, Embedding(*shape, FLOAT_BITS[rows.dtype.name], rows.view(np.uint8).reshape(-1))
 
     def _projection(
         self, prefix: str, layers: tuple[Linear, ...], k: int, sizes: tuple[int, ...]
