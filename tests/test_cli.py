@@ -1,5 +1,6 @@
 """The command line as a user meets it: output, files, exit codes, one-line errors."""
 
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from fptq.cli import main
 from fptq.integrations import torch_ops
 from fptq.recipe import RECIPES
 from fptq.runtime import kernels
+from fptq.runtime.engine import Engine
 from fptq.runtime.kernels import Kernels, choose_target, cpu_name
 from tiny import save_tiny
 from tokens import save_tokenizer
@@ -20,6 +22,16 @@ from tokens import save_tokenizer
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_tiny(tmp_path_factory.mktemp("model"))
     save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = save_tiny(tmp_path_factory.mktemp("chatting"))
+    save_tokenizer(model, chat=True)
+    folder = tmp_path_factory.mktemp("out") / "q"
+    arguments = ["quantize", str(model), "-o", str(folder), "--calibration", "random", "--group-size", "32"]
+    assert main([*arguments, "--samples", "4", "--length", "16", "--lm-head", "int8", "--quiet"]) == 0
     return folder
 
 
@@ -114,6 +126,14 @@ def test_evaluate_and_generate(
         (["inspect", "{model}", "--recipe", "rtn-w4a16", "--v1", "9"], "takes no --v0"),
         (["generate", "{checkpoint}", "w1", "--top-p", "0.5"], "top_p 0.5: needed a temperature"),
         (["generate", "{tmp}", "w1"], "not a finished checkpoint folder"),
+        (["generate", "{checkpoint}", "w1", "--threads", "0"], "0 threads"),
+        (["generate", "{checkpoint}", "w1", "--context", "100000"], "at most 256"),
+        (["generate", "{checkpoint}", "w1", "--chat"], "no chat template"),
+        (["generate", "{checkpoint}", "w1 w2 w3", "--context", "4"], "the prompt has 4 tokens, the context 4"),
+        (["generate", "{checkpoint}", "w1", "--runtime", "transformers", "--top-k", "5"], "--top-k is for the engine"),
+        (["chat", "{checkpoint}"], "no chat template"),
+        (["bench", "{checkpoint}", "--prompt", "0"], "need at least 1"),
+        (["bench", "{checkpoint}", "--prompt", "500"], "at most 256"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_1(
@@ -213,3 +233,94 @@ def test_without_native_kernels_everything_runs_and_says_so(
         assert "kernel: reference, slow" in capsys.readouterr().out
     finally:
         torch_ops._kernels.cache_clear()
+
+
+def test_generate_options_reach_the_engine(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def text(*options: str) -> str:
+        assert main(["generate", str(checkpoint), "w5 w6 w7", "--max-new-tokens", "12", *options]) == 0
+        return capsys.readouterr().out.strip()
+
+    sampled = ("--temperature", "1.5", "--seed", "1")
+    plain, free = text(), text(*sampled)
+    assert text(*sampled) == free != plain
+    assert text("--temperature", "1.5", "--seed", "2") != free
+    assert (
+        text(*sampled, "--top-k", "1") == text(*sampled, "--top-p", "1e-9") == text(*sampled, "--min-p", "1") == plain
+    )
+    assert text(*sampled, "--repetition-penalty", "5") != free
+    words = free.split()
+    assert text(*sampled, "--stop", words[2]).split() == words[: words.index(words[2])]
+    assert text("--runtime", "transformers").split() == plain.split()
+
+
+def test_generate_reads_standard_input(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(checkpoint), "w5 w6", "--max-new-tokens", "4"]) == 0
+    wanted = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("w5 w6"))
+    assert main(["generate", str(checkpoint), "-", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out == wanted
+
+
+def chat(folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    return main(["chat", str(folder), "--temperature", "0", "--max-new-tokens", "6", *options])
+
+
+def test_chat_answers_remembers_and_forgets(
+    chatting: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chat(chatting, ["w3 w4", "w5", "/reset", "w3 w4", "/help", "", "/system w9", "w3 w4"], monkeypatch) == 0
+    answers = [part.strip() for part in capsys.readouterr().out.split("> ")[1:]]
+    first, second, _, again, commands, _, _, instructed, _ = answers
+    assert first == again
+    assert len({first, second, instructed}) == 3
+    assert "/reset" in commands
+    assert chat(chatting, ["w3 w4", "/exit", "w5"], monkeypatch) == 0
+    assert capsys.readouterr().out.count("> ") == 2
+
+
+def test_an_interrupt_stops_the_answer_and_not_the_chat(
+    chatting: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+    forward = Engine.forward
+
+    def interrupted(self: Engine, batch: object, **options: object) -> object:
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(self, batch, **options)
+
+    monkeypatch.setattr(Engine, "forward", interrupted)
+    assert chat(chatting, ["w3 w4", "/reset", "w3 w4"], monkeypatch) == 0
+    stopped, _, whole = capsys.readouterr().out.split("> ")[1:4]
+    assert "(stopped)" in stopped
+    assert whole.startswith(stopped.split(" (stopped)")[0])
+    assert "(stopped)" not in whole
+
+
+def test_a_chat_that_outgrows_its_context_goes_on(
+    chatting: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = " ".join(["w7"] * 40)
+    assert chat(chatting, [long, "w3", "/reset", "w3 w4"], monkeypatch, "--context", "32") == 0
+    parts = capsys.readouterr().out.split("> ")[1:]
+    assert "the context 32" in parts[0]
+    assert "/reset begins anew" in parts[0]
+    assert "fptq:" not in parts[1] + parts[3]
+
+
+def test_bench_shows_figures_and_ceilings(chatting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bench.json"
+    arguments = ["--prompt", "16", "32", "--generate", "4", "--batch", "1", "3", "--repetitions", "1", "--profile"]
+    assert main(["bench", str(chatting), *arguments, "--threads", "1", "--json", str(path)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("16 + 4 × 1", "32 + 4 × 3", "of peak", "GB/s", "resident", "attention", "1 threads"):
+        assert words in shown
+    values = json.loads(path.read_text())
+    assert len(values["rows"]) == 4
+    for row in values["rows"]:
+        assert 0 < row["prefill_tokens_per_sec"] < row["prefill_ceiling"]
+        assert row["decode_tokens_per_sec"] > 0

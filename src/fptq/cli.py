@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fptq: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nfptq: interrupted; 'fptq quantize' goes on when it is given the same command again", file=sys.stderr)
+        goes_on = "; the same command goes on where it was" if options.run is _quantize else ""
+        print(f"\nfptq: interrupted{goes_on}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -162,7 +162,8 @@ def blueprint(config: Config) -> Blueprint:
     if kind not in _TABLE:
         raise UnsupportedModelError(f"architecture '{kind}'", f"it runs: {', '.join(sorted(_TABLE))}")
     make, defaults = _TABLE[kind]
-    given = {key: value for key, value in config.items() if value is not None or key in _NULL_MEANS_NONE}
+    renamed = {_RENAMED.get((kind, key), key): value for key, value in config.items()}
+    given = {key: value for key, value in renamed.items() if value is not None or key in _NULL_MEANS_NONE}
     values = {**_USUAL, **defaults, **given}
     try:
         return make(values)
@@ -176,14 +177,22 @@ def blueprint(config: Config) -> Blueprint:
 _USUAL: Config = {
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
     "tie_word_embeddings": False,
     "rope_theta": 10000.0,
-    "max_window_layers": 28,
 }
-_NULL_MEANS_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
-_GEMMA: Config = {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}
+_NULL_MEANS_NONE = (
+    "sliding_window",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "num_key_value_heads",
+    "head_dim",
+)
+_RENAMED = {
+    ("bloom", "n_embed"): "hidden_size",
+    ("bloom", "num_hidden_layers"): "n_layer",
+    ("bloom", "num_attention_heads"): "n_head",
+}
+"""Other names that transformers accepts: (model_type, name) → the usual one."""
 
 
 def _activation(name: str) -> str:
@@ -194,39 +203,44 @@ def _activation(name: str) -> str:
 
 def _rope_parameters(c: Config, layer_type: str) -> dict[str, Any]:
     """Return the rotation's parameters for layers of one type, from the present or the older form of config.json."""
-    given = c.get("rope_parameters") or {}
-    nested = given.get(layer_type) or {} if {"full_attention", "sliding_attention"} & given.keys() else given
-    old = dict(c.get("rope_scaling") or {})
-    old.setdefault("rope_type", old.pop("type", "default"))
-    theta = c["rope_theta"]
+    new, old = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}
     if c["model_type"] == "gemma3_text":  # sliding layers have frequencies of their own
-        theta = c.get("rope_local_base_freq", 1e4) if layer_type == "sliding_attention" else c.get("rope_theta", 1e6)
-        old = old if layer_type == "full_attention" else {"rope_type": "default"}
-    parameters = {"rope_theta": theta, **({} if nested else old), **nested}
-    for key in ("partial_rotary_factor", "original_max_position_embeddings", "max_position_embeddings"):
-        if key in c:
-            parameters.setdefault(key, c[key])
-    return parameters
-
-
-def _windows(c: Config) -> list[int]:
-    """Return each block's sliding window, 0 for none."""
-    count, window = c["num_hidden_layers"], c.get("sliding_window") or 0
-    kind = c["model_type"]
-    types = c.get("layer_types")
-    if kind in ("qwen2", "qwen3"):
-        window = window if c.get("use_sliding_window") else 0
-        sliding = [i >= c["max_window_layers"] for i in range(count)]
-    elif kind in ("gemma2", "gemma3_text"):
-        pattern = 2 if kind == "gemma2" else c.get("sliding_window_pattern", 6)
-        sliding = [bool((i + 1) % pattern) for i in range(count)]
+        sliding = layer_type == "sliding_attention"
+        given = {**(new.get(layer_type) or {}), **({} if sliding else old)}
+        given.setdefault("rope_theta", c["rope_local_base_freq"] if sliding else c["rope_theta"])
     else:
-        sliding, types = [True] * count, None
+        given = {"rope_theta": c["rope_theta"], **(old or new)}
+    kind = given.setdefault("rope_type", given.pop("type", "default"))
+    if c["model_type"] == "phi3" and kind in ("su", "yarn"):  # what it was called in its first configs
+        kind = given["rope_type"] = "longrope"
+    trained = "original_max_position_embeddings"
+    if kind in ("llama3", "yarn", "longrope"):
+        given.setdefault(trained, c["max_position_embeddings"])
+        if c["model_type"] == "phi3":
+            given[trained] = c[trained]
+    for key in ("partial_rotary_factor", "max_position_embeddings"):
+        if key in c:
+            given.setdefault(key, c[key])
+    return given
+
+
+def _layer_types(c: Config) -> list[str]:
+    """Return of each block whether its attention is "full_attention" or "sliding_attention"."""
+    count, kind, types = c["num_hidden_layers"], c["model_type"], c.get("layer_types")
+    if kind in ("mistral", "phi3"):
+        return ["sliding_attention"] * count
+    if kind not in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
+        return ["full_attention"] * count
     if types is not None:
         if len(types) != count or set(types) - {"sliding_attention", "full_attention"}:
             raise UnsupportedModelError(f"layer types {sorted(set(types))} of {count} layers")
-        sliding = [name == "sliding_attention" for name in types]
-    return [window if slides else 0 for slides in sliding]
+        return list(types)
+    if kind in ("qwen2", "qwen3"):
+        slides = [i >= c["max_window_layers"] for i in range(count)]
+    else:
+        pattern = 2 if kind == "gemma2" else c["sliding_window_pattern"]
+        slides = [bool((i + 1) % pattern) for i in range(count)]
+    return ["sliding_attention" if s else "full_attention" for s in slides]
 
 
 def _gated(
@@ -240,12 +254,15 @@ def _gated(
     attention_output_norm: str = "",
     mlp_norm: str = "post_attention_layernorm",
     mlp_output_norm: str = "",
+    activation: str | None = None,
     **more: Any,
 ) -> Blueprint:
     """Llama and its kin: RMSNorm, rotary attention with grouped heads, and a gated MLP."""
     heads = c["num_attention_heads"]
-    kv_heads = int(c.get("num_key_value_heads", heads) or heads)
-    head_dim = c.get("head_dim", c["hidden_size"] // heads)
+    kv_heads = c.get("num_key_value_heads") or heads
+    head_dim = c.get("head_dim") or c["hidden_size"] // heads
+    slides = c["use_sliding_window"] if c["model_type"] in ("qwen2", "qwen3") else True
+    window = (slides and c.get("sliding_window")) or 0
     if c.get("use_bidirectional_attention"):
         raise UnsupportedModelError("bidirectional attention")
 
@@ -260,8 +277,8 @@ def _gated(
         return tuple(h * head_dim + i for h in range(count) for i in order)
 
     blocks = []
-    for window in _windows(c):
-        rotary = Rotary.of(_rope_parameters(c, "sliding_attention" if window else "full_attention"), head_dim)
+    for layer_type in _layer_types(c):
+        rotary = Rotary.of(_rope_parameters(c, layer_type), head_dim)
         separate = (
             Linear("self_attn.q_proj", rows(heads, rotary.dims)),
             Linear("self_attn.k_proj", rows(kv_heads, rotary.dims)),
@@ -277,7 +294,7 @@ def _gated(
                 up=(Linear("mlp.gate_up_proj"),) if fused_gate_up else (Linear("mlp.gate_proj"), Linear("mlp.up_proj")),
                 down=Linear("mlp.down_proj"),
                 rotary=rotary,
-                window=window,
+                window=window if layer_type == "sliding_attention" else 0,
                 query_norm=norm("self_attn.q_norm") if head_norms else None,
                 key_norm=norm("self_attn.k_norm") if head_norms else None,
                 attention_output_norm=norm(attention_output_norm),
@@ -293,7 +310,7 @@ def _gated(
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "inner": c["intermediate_size"],
-        "activation": _activation(str(c.get("hidden_activation", c["hidden_act"]))),
+        "activation": _activation(activation or c["hidden_act"]),
         "gated": True,
         "softmax_scale": head_dim**-0.5,
         "embedding": "model.embed_tokens",
@@ -314,7 +331,9 @@ def _qwen3(c: Config) -> Blueprint:
 
 
 def _gemma(c: Config) -> Blueprint:
-    return _gated(c, plus_one=True, embedding_scale=c["hidden_size"] ** 0.5)
+    # Its first configs say "gelu" and mean the approximation.
+    activation = "gelu_pytorch_tanh" if c["hidden_act"] == "gelu" else c["hidden_act"]
+    return _gated(c, plus_one=True, embedding_scale=c["hidden_size"] ** 0.5, activation=activation)
 
 
 def _gemma2(c: Config) -> Blueprint:
@@ -326,6 +345,7 @@ def _gemma2(c: Config) -> Blueprint:
         mlp_norm="pre_feedforward_layernorm",
         mlp_output_norm="post_feedforward_layernorm",
         embedding_scale=c["hidden_size"] ** 0.5,
+        activation=c["hidden_activation"],
         softmax_scale=c["query_pre_attn_scalar"] ** -0.5,
         attention_softcap=c.get("attn_logit_softcapping") or 0.0,
         logit_softcap=c.get("final_logit_softcapping") or 0.0,
@@ -351,7 +371,7 @@ def _glm4(c: Config) -> Blueprint:
 
 
 def _bloom(c: Config) -> Blueprint:
-    hidden, heads = c["hidden_size"], int(c["n_head"] if "n_head" in c else c["num_attention_heads"])
+    hidden, heads = c["hidden_size"], c["n_head"]
     head_dim = hidden // heads
 
     def norm(name: str) -> Norm:
@@ -370,7 +390,7 @@ def _bloom(c: Config) -> Blueprint:
     )
     return Blueprint(
         prefix="transformer.h",
-        blocks=(block,) * int(c["n_layer"] if "n_layer" in c else c["num_hidden_layers"]),
+        blocks=(block,) * c["n_layer"],
         vocabulary=c["vocab_size"],
         hidden=hidden,
         heads=heads,
@@ -432,20 +452,51 @@ def _opt(c: Config) -> Blueprint:
     )
 
 
+def _sizes(
+    vocabulary: int, hidden: int, inner: int, layers: int, heads: int, context: int, kv_heads: int | None = None
+) -> Config:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": context,
+    }
+
+
+_QWEN: Config = {
+    **_sizes(151936, 4096, 22016, 32, 32, 32768, 32),
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_GEMMA: Config = {"tie_word_embeddings": True, "head_dim": 256}
+_GEMMA2: Config = {
+    **_GEMMA,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_GLM: Config = {
+    **_sizes(151552, 4096, 13696, 40, 32, 131072, 2),
+    "rms_norm_eps": 1.5625e-07,
+    "head_dim": 128,
+    "partial_rotary_factor": 0.5,
+}
+
 _TABLE: dict[str, tuple[Callable[[Config], Blueprint], Config]] = {
-    "llama": (_gated, {"max_position_embeddings": 2048}),
-    "mistral": (_gated, {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}),
-    "qwen2": (_gated, {"max_position_embeddings": 32768}),
-    "qwen3": (_qwen3, {"max_position_embeddings": 32768, "head_dim": 128}),
-    "gemma": (_gemma, {**_GEMMA, "max_position_embeddings": 8192, "head_dim": 256}),
+    "llama": (_gated, _sizes(32000, 4096, 11008, 32, 32, 2048)),
+    "mistral": (_gated, {**_sizes(32000, 4096, 14336, 32, 32, 131072, 8), "sliding_window": 4096}),
+    "qwen2": (_gated, _QWEN),
+    "qwen3": (_qwen3, {**_QWEN, "head_dim": 128}),
+    "gemma": (_gemma, {**_GEMMA, **_sizes(256000, 3072, 24576, 28, 16, 8192, 16), "hidden_act": "gelu_pytorch_tanh"}),
     "gemma2": (
         _gemma2,
         {
-            **_GEMMA,
-            "max_position_embeddings": 8192,
-            "head_dim": 256,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
+            **_GEMMA2,
+            **_sizes(256000, 2304, 9216, 26, 8, 8192, 4),
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
         },
@@ -453,28 +504,30 @@ _TABLE: dict[str, tuple[Callable[[Config], Blueprint], Config]] = {
     "gemma3_text": (
         _gemma2,
         {
-            **_GEMMA,
-            "max_position_embeddings": 131072,
-            "head_dim": 256,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
+            **_GEMMA2,
+            **_sizes(262208, 2304, 9216, 26, 8, 131072, 4),
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "sliding_window_pattern": 6,
         },
     ),
     "phi3": (
         _phi3,
-        {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        {
+            **_sizes(32064, 3072, 8192, 32, 32, 4096),
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
     ),
-    "glm": (
-        _glm,
-        {"max_position_embeddings": 131072, "rms_norm_eps": 1.5625e-07, "head_dim": 128, "partial_rotary_factor": 0.5},
-    ),
-    "glm4": (
-        _glm4,
-        {"max_position_embeddings": 131072, "rms_norm_eps": 1.5625e-07, "head_dim": 128, "partial_rotary_factor": 0.5},
-    ),
+    "glm": (_glm, _GLM),
+    "glm4": (_glm4, _GLM),
     "bloom": (
         _bloom,
         {
+            "vocab_size": 250880,
+            "hidden_size": 64,
+            "n_layer": 2,
+            "n_head": 8,
             "layer_norm_epsilon": 1e-5,
             "apply_residual_connection_post_layernorm": False,
             "tie_word_embeddings": True,
@@ -483,6 +536,11 @@ _TABLE: dict[str, tuple[Callable[[Config], Blueprint], Config]] = {
     "opt": (
         _opt,
         {
+            "vocab_size": 50272,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "ffn_dim": 3072,
             "do_layer_norm_before": True,
             "layer_norm_elementwise_affine": True,
             "activation_function": "relu",
