@@ -22,7 +22,6 @@ struct Input {
 };
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kKeysWorthAPart = 128;
 
 float bfloat16_at(const uint8_t* p) {
   uint16_t upper;
@@ -258,64 +257,44 @@ class Step {
       row += run.rows;
     }
     if (alone) return attend_single_rows(index);
-    for (int64_t r = 0; r < static_cast<int64_t>(runs_.size()); ++r) {
+    const int64_t shared = model_.heads / kv_heads;
+    for (size_t r = 0; r < runs_.size(); ++r) {
       const int64_t rows = runs_[r].rows, together = rows_together(kernels_, attentions[r]);
       // Late rows see most keys: they go first, so that the threads end together.
       for (int64_t first = (divide_up(rows, together) - 1) * together; first >= 0; first -= together)
-        for (int64_t h = 0; h < kv_heads; ++h) pieces.push_back({r, h, first, std::min(together, rows - first)});
+        for (int64_t h = 0; h < kv_heads; ++h)
+          pieces.push_back({r, {h, 0, shared, first, std::min(together, rows - first)}});
     }
-    workspace_.pool.run(static_cast<int64_t>(pieces.size()), [&](int64_t i, int thread) {
-      const Piece& piece = pieces[i];
-      attend_block(kernels_, attentions[piece.run], piece.kv_head, piece.first, piece.count,
-                   workspace_.scratch[thread]);
-    });
+    run_pieces();
   }
 
-  // One row of each run. If there are few of them, the keys are looked at in parts, so that all threads have work.
+  // One row of each run. If there are too few for the threads, these share the heads that share a key.
   void attend_single_rows(int64_t index) {
-    const Block& block = model_.blocks[index];
-    const int64_t kv_heads = model_.kv_heads, d = model_.head_dim, shared = model_.heads / kv_heads;
-    const auto runs = static_cast<int64_t>(runs_.size());
-    const int64_t threads = workspace_.pool.threads();
-    const int64_t most = threads == 1 ? 1 : divide_up(4 * threads, kv_heads * runs);
-    auto& pieces = state_.pieces;
-    for (int64_t r = 0; r < runs; ++r) {
-      const int64_t end = runs_[r].first_position + 1;
-      const int64_t begin = block.window ? std::max<int64_t>(0, end - block.window) : 0;
-      const int64_t parts = std::clamp<int64_t>((end - begin) / kKeysWorthAPart, 1, most);
-      const int64_t length = divide_up(divide_up(end - begin, parts), kKeyBlock) * kKeyBlock;
-      // The part with the row's own key comes first, and that task puts it into the cache.
-      int64_t first = begin / kKeyBlock * kKeyBlock;
-      for (first += (end - 1 - first) / length * length; first + length > begin; first -= length)
-        for (int64_t h = 0; h < kv_heads; ++h) pieces.push_back({r, h, first, length});
-    }
-    if (static_cast<int64_t>(pieces.size()) == runs * kv_heads) {
-      workspace_.pool.run(runs * kv_heads, [&](int64_t i, int thread) {
-        const Piece& piece = pieces[i];
-        enter_cache(index, piece.run, piece.kv_head);
-        attend_block(kernels_, state_.attentions[piece.run], piece.kv_head, 0, 1, workspace_.scratch[thread]);
+    const int64_t kv_heads = model_.kv_heads, shared = model_.heads / kv_heads;
+    const auto tasks = static_cast<int64_t>(runs_.size()) * kv_heads;
+    const int64_t heads = divide_up(shared, divide_up(workspace_.pool.threads(), tasks));
+    for (size_t r = 0; r < runs_.size(); ++r)
+      for (int64_t h = 0; h < kv_heads; ++h)
+        for (int64_t first = 0; first < shared; first += heads)
+          state_.pieces.push_back({r, {h, first, std::min(heads, shared - first), 0, 1}});
+    if (heads == shared) {
+      workspace_.pool.run(tasks, [&](int64_t i, int thread) {
+        const Piece& piece = state_.pieces[i];
+        enter_cache(index, static_cast<int64_t>(piece.run), piece.part.kv_head);
+        attend_part(kernels_, state_.attentions[piece.run], piece.part, workspace_.scratch[thread]);
       });
-      return;
+    } else {
+      for (int64_t row = 0; row < rows_; ++row)
+        for (int64_t h = 0; h < kv_heads; ++h) enter_cache(index, row, h);
+      run_pieces();
     }
-    for (int64_t r = 0; r < runs; ++r)
-      for (int64_t h = 0; h < kv_heads; ++h) enter_cache(index, r, h);
-    const int64_t part = shared * (d + 2);
-    auto* const partial = state_.partial.reserve_array<float>(static_cast<int64_t>(pieces.size()) * part);
-    workspace_.pool.run(static_cast<int64_t>(pieces.size()), [&](int64_t i, int thread) {
-      const Piece& piece = pieces[i];
-      attend_part(kernels_, state_.attentions[piece.run], piece.kv_head,
-                  {piece.first, piece.first + piece.count, partial + i * part}, workspace_.scratch[thread]);
+  }
+
+  void run_pieces() {
+    workspace_.pool.run(static_cast<int64_t>(state_.pieces.size()), [&](int64_t i, int thread) {
+      const Piece& piece = state_.pieces[i];
+      attend_part(kernels_, state_.attentions[piece.run], piece.part, workspace_.scratch[thread]);
     });
-    for (size_t i = 0; i < pieces.size();) {
-      const int64_t run = pieces[i].run;
-      size_t next = i;
-      while (next < pieces.size() && pieces[next].run == run) ++next;
-      const auto parts = static_cast<int64_t>(next - i) / kv_heads;
-      for (int64_t h = 0; h < model_.heads; ++h)
-        merge_parts(partial + (static_cast<int64_t>(i) + h / shared) * part + h % shared * (d + 2), parts,
-                    kv_heads * part, d, block.value_scale, attended_ + run * model_.heads * d + h * d);
-      i = next;
-    }
   }
 
   // Addresses of every run's pages of keys, then of values.

@@ -85,14 +85,15 @@ enum Stage : int { kEmbedding, kInputs, kProducts, kCaching, kAttention, kResidu
 constexpr const char* kStageNames[kStages] = {
     "embedding", "norms and quantization", "products", "filling the cache", "attention", "residuals", "output head"};
 
-// A share of attention: rows of a run, or, where a run is one row, key positions.
+// A share of attention.
 struct Piece {
-  int64_t run, kv_head, first, count;
+  size_t run;
+  AttentionPart part;
 };
 
 // What a step works in, besides the workspace.
 struct State {
-  Buffer hidden, output, qkv, attended, partial, inner, floats;
+  Buffer hidden, output, qkv, attended, inner, floats;
   double seconds[kStages] = {};  // of all steps
   std::vector<int64_t> run_of, positions;
   std::vector<const int8_t*> pages;

@@ -106,7 +106,7 @@ FPTQ_INLINE constexpr int64_t tile_rows(int64_t rows, int64_t tiles, int64_t til
   return rows / tiles + (tile < rows % tiles);
 }
 
-// What an MLP does to its inner row. gelu is exact to 2e-7 of |x|, gelu_tanh its common approximation.
+// What an MLP does to its inner row. gelu is exact to 3e-7 of |x|, gelu_tanh its common approximation.
 enum class Activation : int { silu, gelu, gelu_tanh, relu };
 
 struct Norm {
@@ -136,11 +136,7 @@ struct AttentionProduct {
   int64_t first_position;     // of query row 0; row i attends to positions 0..first_position + i
   int64_t window;             // 0: all; otherwise the last `window` positions
   const float* alibi_slopes;  // [heads] or null
-  int64_t begin;              // key positions that are looked at, of those that are seen; end 0: all from begin on
-  int64_t end;
-  float*
-      partial;  // [heads, 2 + head_dim] or null; instead of outputs, for one row: largest score, sum, unscaled output
-  float* scratch;  // attention_scratch floats
+  float* scratch;             // attention_scratch floats
 };
 
 struct Kernels {

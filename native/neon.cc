@@ -71,7 +71,10 @@ struct Isa {
   static Float power_of_two(Float n) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
   }
-  static float reduce_add(Float x) { return vaddvq_f32(x); }
+  static float reduce_add(Float x) {  // halves first, as all targets do
+    const float32x2_t halves = vadd_f32(vget_low_f32(x), vget_high_f32(x));
+    return vget_lane_f32(halves, 0) + vget_lane_f32(halves, 1);
+  }
   static float reduce_max(Float x) { return vmaxvq_f32(x); }
 };
 

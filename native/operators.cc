@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #include <new>
 
@@ -237,61 +236,27 @@ int64_t rows_together(const Kernels& kernels, const Attention& a) {
   return std::max<int64_t>(1, (2 * shared > lanes ? 4 * lanes : lanes) / shared);
 }
 
-namespace {
-
-AttentionProduct product_of(const Kernels& kernels, const Attention& a, int64_t kv_head, int64_t first, int64_t rows,
-                            Buffer& scratch) {
-  const int64_t shared = a.heads / a.kv_heads, column = kv_head * shared * a.head_dim;
-  AttentionProduct p{};
-  p.queries = a.queries + first * a.query_stride + column;
-  p.outputs = a.outputs + first * a.output_stride + column;
-  p.query_stride = a.query_stride;
-  p.output_stride = a.output_stride;
-  p.rows = rows;
-  p.heads = shared;
-  p.head_dim = a.head_dim;
-  p.key_pages = a.key_pages;
-  p.value_pages = a.value_pages;
-  p.head_offset = kv_head * a.page_tokens * a.head_dim;
-  p.page_tokens = a.page_tokens;
-  p.key_scale = a.key_scale;
-  p.value_scale = a.value_scale;
-  p.softmax_scale = a.softmax_scale;
-  p.softcap = a.softcap;
-  p.first_position = a.first_position + first;
-  p.window = a.window;
-  p.alibi_slopes = a.alibi_slopes ? a.alibi_slopes + kv_head * shared : nullptr;
-  p.scratch = scratch.reserve_array<float>(kernels.attention_scratch(shared, a.head_dim));
-  return p;
-}
-
-}  // namespace
-
-void attend_block(const Kernels& kernels, const Attention& a, int64_t kv_head, int64_t first, int64_t rows,
-                  Buffer& scratch) {
-  kernels.attend(product_of(kernels, a, kv_head, first, rows, scratch));
-}
-
-void attend_part(const Kernels& kernels, const Attention& a, int64_t kv_head, const KeyRange& range, Buffer& scratch) {
-  AttentionProduct p = product_of(kernels, a, kv_head, 0, 1, scratch);
-  p.begin = range.begin;
-  p.end = range.end;
-  p.partial = range.partial;
-  kernels.attend(p);
-}
-
-void merge_parts(const float* parts, int64_t count, int64_t stride, int64_t head_dim, float value_scale,
-                 float* output) {
-  float largest = parts[0], total = 0.0f;
-  for (int64_t c = 1; c < count; ++c) largest = std::max(largest, parts[c * stride]);
-  std::fill_n(output, head_dim, 0.0f);
-  for (int64_t c = 0; c < count; ++c) {
-    const float* const part = parts + c * stride;
-    const float weight = std::exp(part[0] - largest);
-    total += weight * part[1];
-    for (int64_t i = 0; i < head_dim; ++i) output[i] += weight * part[2 + i];
-  }
-  for (int64_t i = 0; i < head_dim; ++i) output[i] *= value_scale / total;
+void attend_part(const Kernels& kernels, const Attention& a, const AttentionPart& part, Buffer& scratch) {
+  const int64_t head = part.kv_head * (a.heads / a.kv_heads) + part.first_head;
+  kernels.attend({.queries = a.queries + part.first * a.query_stride + head * a.head_dim,
+                  .outputs = a.outputs + part.first * a.output_stride + head * a.head_dim,
+                  .query_stride = a.query_stride,
+                  .output_stride = a.output_stride,
+                  .rows = part.rows,
+                  .heads = part.heads,
+                  .head_dim = a.head_dim,
+                  .key_pages = a.key_pages,
+                  .value_pages = a.value_pages,
+                  .head_offset = part.kv_head * a.page_tokens * a.head_dim,
+                  .page_tokens = a.page_tokens,
+                  .key_scale = a.key_scale,
+                  .value_scale = a.value_scale,
+                  .softmax_scale = a.softmax_scale,
+                  .softcap = a.softcap,
+                  .first_position = a.first_position + part.first,
+                  .window = a.window,
+                  .alibi_slopes = a.alibi_slopes ? a.alibi_slopes + head : nullptr,
+                  .scratch = scratch.reserve_array<float>(kernels.attention_scratch(part.heads, a.head_dim))});
 }
 
 void attend(const Kernels& kernels, const Attention& a, Workspace& workspace) {
@@ -299,7 +264,8 @@ void attend(const Kernels& kernels, const Attention& a, Workspace& workspace) {
   workspace.pool.run(a.kv_heads * blocks, [&](int64_t i, int thread) {
     // Late rows see most keys: they go first, so that the threads end together.
     const int64_t first = (blocks - 1 - i / a.kv_heads) * together;
-    attend_block(kernels, a, i % a.kv_heads, first, std::min(together, a.m - first), workspace.scratch[thread]);
+    const AttentionPart part{i % a.kv_heads, 0, a.heads / a.kv_heads, first, std::min(together, a.m - first)};
+    attend_part(kernels, a, part, workspace.scratch[thread]);
   });
 }
 

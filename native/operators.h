@@ -132,20 +132,13 @@ struct Attention {
 };
 void attend(const Kernels& kernels, const Attention& attention, Workspace& workspace);
 
-// How many rows are best looked at together, and the attention of rows first..first + rows and one key/value head.
+// How many rows are best looked at together, and the attention of rows first..first + rows and the heads
+// first_head..first_head + heads of those that share a key/value head. A row's result depends on none of these.
 int64_t rows_together(const Kernels& kernels, const Attention& attention);
-void attend_block(const Kernels& kernels, const Attention& attention, int64_t kv_head, int64_t first, int64_t rows,
-                  Buffer& scratch);
-
-// The part of one row's attention that key positions begin..end - 1 make, for `merge_parts`.
-struct KeyRange {
-  int64_t begin, end;
-  float* partial;  // [heads of a key/value head, 2 + head_dim]
+struct AttentionPart {
+  int64_t kv_head, first_head, heads, first, rows;
 };
-void attend_part(const Kernels& kernels, const Attention& attention, int64_t kv_head, const KeyRange& range,
-                 Buffer& scratch);
-// The output of one head from its parts, each `stride` floats after the other.
-void merge_parts(const float* parts, int64_t count, int64_t stride, int64_t head_dim, float value_scale, float* output);
+void attend_part(const Kernels& kernels, const Attention& attention, const AttentionPart& part, Buffer& scratch);
 
 // Reads all bytes (but for up to 255 at the end) with all threads, for measuring the memory.
 void measure_read(const Kernels& kernels, const uint8_t* data, int64_t bytes, Workspace& workspace);

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +98,7 @@ MODELS = {name: (name, {}, {}) for name in VARIANTS if name not in REFUSED} | {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made: dict[str, Path] = {}
 
     class Folders(dict):
@@ -109,7 +108,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
             self[name] = made[name]
             return made[name]
 
-    yield Folders()
+    return Folders()
 
 
 @pytest.fixture
@@ -143,12 +142,12 @@ def test_logits_are_those_of_the_transformers_path(folders: dict[str, Path], nam
 
 @pytest.mark.parametrize("name", MODELS)
 def test_native_step_is_the_one_in_python(folders: dict[str, Path], name: str) -> None:
-    """Both call the same kernels on the same rows, but for norms fused with quantization and the order of products."""
+    """To the bit, but for the tanh of capped logits: both call the same kernels, and nothing depends on threads."""
     ids = token_ids(1, 150, 150)[0].numpy()
-    with Engine.open(folders[name], threads=2) as engine:
+    with Engine.open(folders[name], threads=3) as engine:
         native = engine.logits(ids)
-        engine._decoder = PythonDecoder(engine.kernels, engine.weights)
-        assert is_near(native, engine.logits(ids))
+        engine._decoder = PythonDecoder(Kernels(threads=1), engine.weights)
+        np.testing.assert_allclose(native, engine.logits(ids), rtol=16 * 2.0**-24 if engine.plan.logit_softcap else 0)
 
 
 @pytest.mark.parametrize("fault", ["key scale", "rotation", "norm", "window", "bias"])
@@ -189,27 +188,36 @@ def test_greedy_tokens_are_those_of_the_transformers_path(folders: dict[str, Pat
     assert [piece.token for piece in pieces] == wanted[0, 12:].tolist()
 
 
-def test_chunked_prefill_is_the_whole_and_decoding_is_prefill(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bloom", "mistral-sliding"])
+def test_chunked_prefill_is_the_whole_and_decoding_is_prefill(
+    folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: a token's result doesn't depend on what is computed beside it."""
     ids = token_ids(1, 150, 150)[0].numpy()
-    with Engine.open(llama, threads=2) as engine:
+    with Engine.open(folders[name], threads=2) as engine:
         whole = engine.logits(ids)
         for rows in (1, 7, 64, 149):
-            assert is_near(np.concatenate(list(engine.score(ids, rows=rows))), whole)
+            np.testing.assert_array_equal(np.concatenate(list(engine.score(ids, rows=rows))), whole)
         monkeypatch.setattr(engines, "PREFILL_ROWS", 11)  # a step ends within a text
         first, second = engine.sequence(), engine.sequence()
         last = engine.forward([(first, ids[:90]), (second, ids[:40])], last=[3, 40])
-        assert is_near(last, np.concatenate([whole[87:90], whole[:40]]))
+        np.testing.assert_array_equal(last, np.concatenate([whole[87:90], whole[:40]]))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "bloom"])
 def test_batched_is_alone(folders: dict[str, Path], name: str) -> None:
     prompts = [row[:length].tolist() for row, length in zip(token_ids(5, 70, 150), (1, 64, 9, 70, 33), strict=True)]
-    options = {"max_new_tokens": 20, "stop_ids": (), "sampling": Sampling(temperature=0.8, seed=3)}
+    options = {
+        "max_new_tokens": 20,
+        "stop_ids": (),
+        "sampling": Sampling(temperature=0.8, seed=3),
+        "log_probabilities": 2,
+    }
     with Engine.open(folders[name], threads=2, sequences=3) as engine:
         together = engine.generate_batch(prompts, **options)
         for prompt, completion in zip(prompts, together, strict=True):
-            alone = [piece.token for piece in engine.generate(prompt, **options)]
-            assert list(completion.tokens) == alone
+            alone = tuple(engine.generate(prompt, **options))
+            assert completion.pieces == alone
             assert completion.finish_reason == "length"
         assert engine.cache.free_tokens == engine.cache.tokens
 
@@ -227,10 +235,10 @@ def test_pages_are_reused_safely(llama: Path) -> None:
         c = engine.sequence()
         again = engine.forward([(c, rows[2, :100])], last=[100])
         before = engine.forward([(b, rows[1, 130:140])], last=[10])
-        assert is_near(again, fresh[:100])
-        assert is_near(before, engine_logits_alone(llama, rows[1, :140])[130:])
+        np.testing.assert_array_equal(again, fresh[:100])
+        np.testing.assert_array_equal(before, engine_logits_alone(llama, rows[1, :140])[130:])
         c.truncate(40)
-        assert is_near(engine.forward([(c, rows[2, 40:120])], last=[80]), fresh[40:120])
+        np.testing.assert_array_equal(engine.forward([(c, rows[2, 40:120])], last=[80]), fresh[40:120])
         b.close()
         c.close()
         assert engine.cache.free_tokens == engine.cache.tokens
@@ -241,13 +249,13 @@ def engine_logits_alone(folder: Path, ids: np.ndarray) -> np.ndarray:
         return engine.logits(ids)
 
 
-def test_long_sequences_are_looked_at_in_parts(folders: dict[str, Path]) -> None:
-    """With several threads and few heads, decoding splits the keys; with one thread it doesn't."""
-    ids = token_ids(1, 250, 150)[0].numpy()
-    for name in ("qwen2", "gemma3", "bloom"):
-        with Engine.open(folders[name], threads=3) as split, Engine.open(folders[name], threads=1) as whole:
-            got = np.concatenate(list(split.score(ids, rows=1)))
-            assert is_near(got, np.concatenate(list(whole.score(ids, rows=1))))
+@pytest.mark.parametrize("name", ["qwen2", "gemma3", "bloom"])
+def test_threads_do_not_change_a_bit(folders: dict[str, Path], name: str) -> None:
+    """With more threads than key/value heads, decoding divides the heads that share a key."""
+    ids = token_ids(1, 60, 150)[0].numpy()
+    with Engine.open(folders[name], threads=5) as many, Engine.open(folders[name], threads=1) as one:
+        got = np.concatenate(list(many.score(ids, rows=1)))
+        np.testing.assert_array_equal(got, np.concatenate(list(one.score(ids, rows=1))))
 
 
 def test_text_stops_where_it_should(llama: Path) -> None:
@@ -280,7 +288,7 @@ def test_log_probabilities_are_those_of_the_logits(llama: Path) -> None:
         for piece, row in zip(pieces, wanted, strict=True):
             assert piece.log_probability == pytest.approx(float(row[piece.token]), abs=1e-4)
             assert [token for token, _ in piece.alternatives] == row.topk(4).indices.tolist()
-        assert list(engine.generate(prompt, max_new_tokens=1))[0].log_probability is None
+        assert next(iter(engine.generate(prompt, max_new_tokens=1))).log_probability is None
 
 
 @pytest.mark.parametrize(
@@ -430,7 +438,8 @@ def test_running_needs_no_torch(llama: Path) -> None:
     code = (
         "import sys; from fptq.cli import main; "
         f"assert main(['generate', {str(llama)!r}, 'w1 w2', '--max-new-tokens', '3']) == 0; "
-        "heavy = {'torch', 'transformers', 'huggingface_hub', 'safetensors'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'torch', 'transformers', 'huggingface_hub', 'safetensors'} & set(sys.modules); "
+        "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -442,17 +451,3 @@ def test_engines_hold_little_more_than_weights_and_cache(llama: Path) -> None:
         assert codes / 2 < engine.weight_bytes < codes * (0.5 + 2 / 32) + 160 * 64 * 4 + 1
         assert engine.cache.tokens == 2 * PAGE_TOKENS
         assert engine.cache.token_bytes == 2 * 2 * 2 * 16
-
-
-def test_packing_words_is_packing_codes() -> None:
-    rng = np.random.default_rng(0)
-    from fptq import numerics
-
-    for n, k, groups in ((70, 96, 3), (32, 8, 1), (1, 64, 8)):
-        codes = rng.integers(-8, 8, (n, k)).astype(np.int8)
-        scales = numerics.round_to_bfloat16(rng.uniform(0.1, 1, (n, groups)).astype(np.float32))
-        kernels = Kernels(threads=2)
-        import ml_dtypes
-
-        words = kernels.pack_words(numerics.pack_int4(codes), scales.astype(ml_dtypes.bfloat16))
-        np.testing.assert_array_equal(words.data, kernels.pack(codes, scales).data)

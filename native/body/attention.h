@@ -1,11 +1,17 @@
 // Attention over an int8 cache.
 
-constexpr int64_t kRowKeys = 512;  // positions whose scores a single row has at a time
-template <class Isa>
-constexpr int64_t kRowStride = kRowKeys + 2 * Isa::kLanes;  // the last vectors may be written past the last position
+constexpr int kRowBlocks = 8;       // of keys, whose scores a single row has at a time
 constexpr float kNoScore = -1e30f;  // below every score, and finite: a difference of two isn't NaN
 
-// Consecutive keys from `position` on, up to `end`, that lie in one page and one block.
+// Both forms of attention below compute the same numbers, to the bit, for a query: the same blocks of keys, each
+// operation in the same order. So a token's result doesn't depend on what else is computed with it.
+
+// Where the block of keys begins that `position` is in. Blocks lie within pages.
+inline int64_t block_start(const AttentionProduct& a, int64_t position) {
+  return position - position % a.page_tokens % kKeyBlock;
+}
+
+// Consecutive keys from the beginning of a block on, up to `end`.
 inline int64_t page_rows(const AttentionProduct& a, int64_t position, int64_t end) {
   const int64_t rest = a.page_tokens - position % a.page_tokens;
   const int64_t count = end - position < rest ? end - position : rest;
@@ -73,7 +79,7 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
   }
   Float largest[2] = {Isa::splat(kNoScore), Isa::splat(kNoScore)}, total[2] = {Isa::splat(0.0f), Isa::splat(0.0f)};
   const int64_t begin = a.window && earliest - a.window + 1 > 0 ? earliest - a.window + 1 : 0;
-  for (int64_t start = begin, count; start <= latest; start += count) {
+  for (int64_t start = block_start(a, begin), count; start <= latest; start += count) {
     count = page_rows(a, start, latest + 1);
     load_keys<Isa>(a, start, count, rows);
     const int64_t padded = (count + T - 1) / T * T;
@@ -116,13 +122,18 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
       }
       change[v] = exponential<Isa>(Isa::subtract(largest[v], now));
       largest[v] = now;
-      Float sum = Isa::splat(0.0f);
       for (int64_t t = 0; t < count; ++t) {
-        const Float e = exponential<Isa>(Isa::subtract(Isa::load(p + t * W + v * L), now));
-        Isa::store(p + t * W + v * L, e);
-        sum = Isa::add(sum, e);
+        float* const at_key = p + t * W + v * L;
+        Isa::store(at_key, exponential<Isa>(Isa::subtract(Isa::load(at_key), now)));
       }
-      total[v] = Isa::multiply_add(total[v], change[v], sum);
+      Float part[L];  // added up as reduce_add adds up a vector of keys
+      for (int j = 0; j < L; ++j) {
+        part[j] = Isa::splat(0.0f);
+        for (int64_t t = j; t < count; t += L) part[j] = Isa::add(part[j], Isa::load(p + t * W + v * L));
+      }
+      for (int step = L / 2; step > 0; step /= 2)
+        for (int j = 0; j < step; ++j) part[j] = Isa::add(part[j], part[j + step]);
+      total[v] = Isa::multiply_add(total[v], change[v], part[0]);
     }
     load_values<Isa>(a, start, count, rows);
     int64_t i = 0;
@@ -160,6 +171,8 @@ void attend_lanes(const AttentionProduct& a, int64_t first_query, int64_t querie
   }
 }
 
+constexpr int64_t kRowKeys = kRowBlocks * kKeyBlock;
+
 // Scores of H heads with V vectors of keys, whose codes are `stride` apart from channel to channel. `soon` is
 // prefetched.
 template <class Isa, int V, int H>
@@ -174,27 +187,28 @@ void score_keys(const float* q, int64_t width, int64_t d, const int8_t* codes, i
     for (int v = 0; v < V; ++v) k[v] = Isa::load_int8(codes + v * Isa::kLanes);
     for (int h = 0; h < H; ++h) {
       const auto factor = Isa::splat(q[h * width + i]);
-      for (int v = 0; v < V; ++v) sum[h][v] = Isa::multiply_add(k[v], factor, sum[h][v]);
+      for (int v = 0; v < V; ++v) sum[h][v] = Isa::multiply_add(factor, k[v], sum[h][v]);
     }
   }
   for (int h = 0; h < H; ++h)
-    for (int v = 0; v < V; ++v) Isa::store(p + h * kRowStride<Isa> + v * Isa::kLanes, sum[h][v]);
+    for (int v = 0; v < V; ++v) Isa::store(p + h * kRowKeys + v * Isa::kLanes, sum[h][v]);
 }
 
-// out += Σ p·value over `count` tokens for H heads and V vectors of channels. `soon` is prefetched.
+// out = out·change + Σ p·value over `count` tokens for H heads and V vectors of channels. `soon` is prefetched.
 template <class Isa, int V, int H>
-void add_values(const float* p, int64_t count, const int8_t* codes, int64_t stride, const int8_t* soon, float* out,
-                int64_t width) {
+void add_values(const float* p, const float* change, int64_t count, const int8_t* codes, int64_t stride,
+                const int8_t* soon, float* out, int64_t width) {
   typename Isa::Float sum[H][V];
   for (int h = 0; h < H; ++h)
-    for (int v = 0; v < V; ++v) sum[h][v] = Isa::load(out + h * width + v * Isa::kLanes);
+    for (int v = 0; v < V; ++v)
+      sum[h][v] = Isa::multiply(Isa::load(out + h * width + v * Isa::kLanes), Isa::splat(change[h * kRowBlocks]));
   for (int64_t t = 0; t < count; ++t, codes += stride, soon += stride) {
     __builtin_prefetch(soon);
     typename Isa::Float x[V];
     for (int v = 0; v < V; ++v) x[v] = Isa::load_int8(codes + v * Isa::kLanes);
     for (int h = 0; h < H; ++h) {
-      const auto weight = Isa::splat(p[h * kRowStride<Isa> + t]);
-      for (int v = 0; v < V; ++v) sum[h][v] = Isa::multiply_add(x[v], weight, sum[h][v]);
+      const auto weight = Isa::splat(p[h * kRowKeys + t]);
+      for (int v = 0; v < V; ++v) sum[h][v] = Isa::multiply_add(weight, x[v], sum[h][v]);
     }
   }
   for (int h = 0; h < H; ++h)
@@ -210,69 +224,84 @@ void for_heads(int64_t heads, const Function& function, int64_t first = 0) {
   }
 }
 
-// Scores of one vector of keys with all heads, of which only `valid` lie side by side.
+// A vector of codes of which only `valid` may be read.
 template <class Isa>
-void score_some_keys(const AttentionProduct& a, const float* q, int64_t width, const int8_t* codes, int64_t valid,
-                     float* p) {
-  constexpr int L = Isa::kLanes;
-  for (int64_t h = 0; h < a.heads; ++h) {
-    auto sum = Isa::splat(0.0f);
-    for (int64_t i = 0; i < a.head_dim; ++i) {
-      int8_t some[L] = {};
-      for (int64_t j = 0; j < valid && j < L; ++j) some[j] = codes[i * a.page_tokens + j];
-      sum = Isa::multiply_add(Isa::load_int8(some), Isa::splat(q[h * width + i]), sum);
-    }
-    Isa::store(p + h * kRowStride<Isa>, sum);
-  }
+typename Isa::Float load_some_int8(const int8_t* codes, int64_t valid) {
+  if (valid >= Isa::kLanes) return Isa::load_int8(codes);
+  int8_t some[Isa::kLanes] = {};
+  for (int64_t j = 0; j < valid; ++j) some[j] = codes[j];
+  return Isa::load_int8(some);
 }
 
-// Softmax of one head's `count` scores for keys from `start` on, in place and not yet divided by its sum: the largest
-// score so far, the sum so far, and the factor for what was added up before are brought up to date.
+struct KeyRange {
+  int64_t first, count;
+};
+
+// Softmax of one head over blocks of keys, in place: for each block scores become e^(score - largest so far), and
+// `change` is what everything before it has to be multiplied with. `largest` and `total` are kept up to date.
 template <class Isa>
-float soften(const AttentionProduct& a, int64_t h, int64_t start, int64_t count, int64_t at, float* scores,
-             float& largest, float& total) {
+void soften(const AttentionProduct& a, int64_t h, int64_t at, int64_t seen, const KeyRange* blocks, int count,
+            float* scores, float* change, float& largest, float& total) {
   using Float = typename Isa::Float;
   constexpr int L = Isa::kLanes;
-  for (int64_t j = count; j % L; ++j) scores[j] = 2 * kNoScore;
-  Float now = Isa::splat(largest);
-  for (int64_t j = 0; j < count; j += L) {
-    Float s = Isa::load(scores + j);
-    if (a.softcap != 0.0f) {
-      const Float capped = hyperbolic_tangent<Isa>(Isa::divide(s, Isa::splat(a.softcap)));
-      s = Isa::where_less(s, Isa::splat(kNoScore), s, Isa::multiply(Isa::splat(a.softcap), capped));
+  constexpr int kPadded = (kRowBlocks + L - 1) / L * L;
+  float before[kPadded] = {}, after[kPadded] = {}, changes[kPadded];
+  for (int b = 0; b < count; ++b) {
+    float* const s = scores + b * kKeyBlock;
+    const KeyRange block = blocks[b];
+    for (int64_t j = 0; j < seen - block.first; ++j) s[j] = 2 * kNoScore;
+    for (int64_t j = block.count; j % L; ++j) s[j] = 2 * kNoScore;
+    Float now = Isa::splat(kNoScore);
+    for (int64_t j = 0; j < block.count; j += L) {
+      Float x = Isa::load(s + j);
+      if (a.softcap != 0.0f) {
+        const Float capped = hyperbolic_tangent<Isa>(Isa::divide(x, Isa::splat(a.softcap)));
+        x = Isa::where_less(x, Isa::splat(kNoScore), x, Isa::multiply(Isa::splat(a.softcap), capped));
+      }
+      if (a.alibi_slopes) {
+        float distance[L];
+        for (int l = 0; l < L; ++l) distance[l] = static_cast<float>(block.first + j + l - at);
+        x = Isa::multiply_add(Isa::splat(a.alibi_slopes[h]), Isa::load(distance), x);
+      }
+      Isa::store(s + j, x);
+      now = Isa::max(now, x);
     }
-    if (a.alibi_slopes) {
-      float distance[L];
-      for (int l = 0; l < L; ++l) distance[l] = static_cast<float>(start + j + l - at);
-      s = Isa::multiply_add(Isa::splat(a.alibi_slopes[h]), Isa::load(distance), s);
+    after[b] = Isa::reduce_max(now);
+  }
+  for (int b = 0; b < count; ++b) {
+    before[b] = largest;
+    if (after[b] < largest) after[b] = largest;
+    largest = after[b];
+  }
+  for (int b = 0; b < kPadded; b += L)
+    Isa::store(changes + b, exponential<Isa>(Isa::subtract(Isa::load(before + b), Isa::load(after + b))));
+  Float sum_of_all = Isa::splat(total);
+  for (int b = 0; b < count; ++b) {
+    float* const s = scores + b * kKeyBlock;
+    Float sum = Isa::splat(0.0f);
+    for (int64_t j = 0; j < blocks[b].count; j += L) {
+      const Float e = exponential<Isa>(Isa::subtract(Isa::load(s + j), Isa::splat(after[b])));
+      Isa::store(s + j, e);
+      sum = Isa::add(sum, e);
     }
-    Isa::store(scores + j, s);
-    now = Isa::max(now, s);
+    sum_of_all = Isa::multiply_add(sum_of_all, Isa::splat(changes[b]), Isa::splat(Isa::reduce_add(sum)));
+    change[b] = changes[b];
   }
-  const float highest = Isa::reduce_max(now), change = __builtin_expf(largest - highest);
-  largest = highest;
-  Float sum = Isa::splat(0.0f);
-  for (int64_t j = 0; j < count; j += L) {
-    const Float e = exponential<Isa>(Isa::subtract(Isa::load(scores + j), Isa::splat(highest)));
-    Isa::store(scores + j, e);
-    sum = Isa::add(sum, e);
-  }
-  total = total * change + Isa::reduce_add(sum);
-  return change;
+  total = Isa::reduce_max(sum_of_all);
 }
 
 // Attention of a single row's query heads: what decoding needs. Keys are in the lanes for the scores, channels for the
 // outputs, so that nothing is added across lanes, and every code becomes a float once for all heads.
 template <class Isa>
 void attend_row(const AttentionProduct& a, int64_t row) {
-  using Float = typename Isa::Float;
   constexpr int L = Isa::kLanes, kHeads = Isa::kAttentionTile;
   const int64_t d = a.head_dim, width = (d + L - 1) / L * L;
   const int64_t heads = a.heads, at = a.first_position + row;
   float* const q = a.scratch;                          // [heads][width]
   float* const out = q + heads * width;                // [heads][width]
-  float* const p = out + heads * width;                // [heads][kRowStride]
-  float* const largest = p + heads * kRowStride<Isa>;  // [heads]
+  float* const p = out + heads * width;                // [heads][kRowKeys]
+  float* const change = p + heads * kRowKeys;          // [heads][kRowBlocks]
+  float* const largest = change + heads * kRowBlocks;  // [heads]
   float* const total = largest + heads;                // [heads]
   for (int64_t h = 0; h < heads; ++h) {
     const float* from = a.queries + row * a.query_stride + h * d;
@@ -284,60 +313,64 @@ void attend_row(const AttentionProduct& a, int64_t row) {
     total[h] = 0.0f;
   }
   const int64_t seen = a.window && at - a.window + 1 > 0 ? at - a.window + 1 : 0;
-  const int64_t begin = a.begin > seen ? a.begin : seen, end = a.end && a.end <= at ? a.end : at + 1;
-  for (int64_t start = begin, stop; start < end; start = stop) {
-    stop = end - start < kRowKeys ? end : start + kRowKeys;
-    for (int64_t key = start, count; key < stop; key += count) {
-      count = page_rows(a, key, stop);
-      const int8_t* const codes = key_of(a, key);
-      const int8_t* soon = key + count < stop ? key_of(a, key + count) : value_of(a, start);
-      const int64_t side_by_side = a.page_tokens - key % a.page_tokens;
-      float* const scores = p + (key - start);
+  for (int64_t key = block_start(a, seen); key <= at;) {
+    KeyRange blocks[kRowBlocks];
+    int count = 0;
+    for (; count < kRowBlocks && key <= at; key += blocks[count++].count)
+      blocks[count] = {key, page_rows(a, key, at + 1)};
+    for (int b = 0; b < count; ++b) {
+      const int8_t* const codes = key_of(a, blocks[b].first);
+      const int8_t* soon = b + 1 < count ? key_of(a, blocks[b + 1].first) : value_of(a, blocks[0].first);
+      const int64_t side_by_side = a.page_tokens - blocks[b].first % a.page_tokens;
+      float* const scores = p + b * kKeyBlock;
       int64_t t = 0;
-      for (; t < count && t + 2 * L <= side_by_side; t += 2 * L, soon = codes)
+      for (; t < blocks[b].count && t + 2 * L <= side_by_side; t += 2 * L, soon = codes)
         for_heads<kHeads>(heads, [&]<int H>(int64_t h) {
-          score_keys<Isa, 2, H>(q + h * width, width, d, codes + t, a.page_tokens, soon,
-                                scores + h * kRowStride<Isa> + t);
+          score_keys<Isa, 2, H>(q + h * width, width, d, codes + t, a.page_tokens, soon, scores + h * kRowKeys + t);
         });
-      for (; t < count; t += L) score_some_keys<Isa>(a, q, width, codes + t, side_by_side - t, scores + t);
+      for (; t < blocks[b].count; t += L) {
+        for (int64_t h = 0; h < heads; ++h) {
+          auto sum = Isa::splat(0.0f);
+          for (int64_t i = 0; i < d; ++i) {
+            const auto k = load_some_int8<Isa>(codes + i * a.page_tokens + t, side_by_side - t);
+            sum = Isa::multiply_add(Isa::splat(q[h * width + i]), k, sum);
+          }
+          Isa::store(scores + h * kRowKeys + t, sum);
+        }
+      }
     }
-    for (int64_t h = 0; h < heads; ++h) {
-      const float change = soften<Isa>(a, h, start, stop - start, at, p + h * kRowStride<Isa>, largest[h], total[h]);
-      for (int64_t i = 0; i < width && change != 1.0f; i += L)
-        Isa::store(out + h * width + i, Isa::multiply(Isa::load(out + h * width + i), Isa::splat(change)));
-    }
-    for (int64_t key = start, count; key < stop; key += count) {
-      count = page_rows(a, key, stop);
-      const int8_t* const codes = value_of(a, key);
-      const int8_t* const soon = key + count < stop ? value_of(a, key + count) : codes;
-      const float* const weights = p + (key - start);
+    for (int64_t h = 0; h < heads; ++h)
+      soften<Isa>(a, h, at, seen, blocks, count, p + h * kRowKeys, change + h * kRowBlocks, largest[h], total[h]);
+    for (int b = 0; b < count; ++b) {
+      const int8_t* const codes = value_of(a, blocks[b].first);
+      const int8_t* const soon = b + 1 < count ? value_of(a, blocks[b + 1].first) : codes;
+      const float* const weights = p + b * kKeyBlock;
       int64_t i = 0;
       for (; i + 2 * L <= d; i += 2 * L)
         for_heads<kHeads>(heads, [&]<int H>(int64_t h) {
-          add_values<Isa, 2, H>(weights + h * kRowStride<Isa>, count, codes + i, d, soon + i, out + h * width + i,
-                                width);
+          add_values<Isa, 2, H>(weights + h * kRowKeys, change + h * kRowBlocks + b, blocks[b].count, codes + i, d,
+                                soon + i, out + h * width + i, width);
         });
       for (; i + L <= d; i += L)
         for_heads<kHeads>(heads, [&]<int H>(int64_t h) {
-          add_values<Isa, 1, H>(weights + h * kRowStride<Isa>, count, codes + i, d, soon + i, out + h * width + i,
-                                width);
+          add_values<Isa, 1, H>(weights + h * kRowKeys, change + h * kRowBlocks + b, blocks[b].count, codes + i, d,
+                                soon + i, out + h * width + i, width);
         });
-      for (; i < d; ++i)
-        for (int64_t h = 0; h < heads; ++h)
-          for (int64_t t = 0; t < count; ++t) out[h * width + i] += weights[h * kRowStride<Isa> + t] * codes[t * d + i];
+      if (i < d) {
+        for (int64_t h = 0; h < heads; ++h) {
+          auto sum = Isa::multiply(Isa::load(out + h * width + i), Isa::splat(change[h * kRowBlocks + b]));
+          for (int64_t t = 0; t < blocks[b].count; ++t)
+            sum = Isa::multiply_add(Isa::splat(weights[h * kRowKeys + t]),
+                                    load_some_int8<Isa>(codes + t * d + i, d - i), sum);
+          Isa::store(out + h * width + i, sum);
+        }
+      }
     }
   }
   for (int64_t h = 0; h < heads; ++h) {
-    if (a.partial) {
-      float* const to = a.partial + h * (d + 2);
-      to[0] = largest[h];
-      to[1] = total[h];
-      for (int64_t i = 0; i < d; ++i) to[2 + i] = out[h * width + i];
-    } else {
-      float* const to = a.outputs + row * a.output_stride + h * d;
-      const float factor = a.value_scale / total[h];
-      for (int64_t i = 0; i < d; ++i) to[i] = out[h * width + i] * factor;
-    }
+    float* const to = a.outputs + row * a.output_stride + h * d;
+    const float factor = a.value_scale / total[h];
+    for (int64_t i = 0; i < d; ++i) to[i] = out[h * width + i] * factor;
   }
 }
 
@@ -346,7 +379,7 @@ int64_t attention_scratch(int64_t heads, int64_t head_dim) {
   constexpr int64_t L = Isa::kLanes, W = 2 * L;
   const int64_t width = (head_dim + L - 1) / L * L;
   const int64_t lanes = 2 * head_dim * W + kKeyBlock * W + kKeyBlock * head_dim;
-  const int64_t row = heads * (2 * width + kRowStride<Isa> + 2);
+  const int64_t row = heads * (2 * width + kRowKeys + kRowBlocks + 2);
   return lanes > row ? lanes : row;
 }
 
@@ -354,7 +387,7 @@ template <class Isa>
 void attend(const AttentionProduct& a) {
   constexpr int64_t W = 2 * Isa::kLanes;
   const int64_t queries = a.rows * a.heads;
-  if (a.partial || 2 * queries < W) {
+  if (2 * queries < W) {
     for (int64_t row = 0; row < a.rows; ++row) attend_row<Isa>(a, row);
   } else {
     for (int64_t first = 0; first < queries; first += W)

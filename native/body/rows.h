@@ -128,8 +128,10 @@ typename Isa::Float activated(typename Isa::Float x) {
   using Float = typename Isa::Float;
   const Float zero = Isa::splat(0.0f), one = Isa::splat(1.0f), half = Isa::splat(0.5f);
   if constexpr (kActivation == Activation::silu) {
-    const Float e = exponential<Isa>(Isa::min(Isa::splat(87.0f), Isa::subtract(zero, x)));
-    return Isa::divide(x, Isa::add(one, e));
+    // Below -87 the result is under 2e-36: a zero, or NaN of -inf, as e^-x would overflow.
+    const Float lowest = Isa::splat(-87.0f);
+    const Float e = exponential<Isa>(Isa::subtract(zero, Isa::max(lowest, x)));
+    return Isa::where_less(x, lowest, Isa::multiply(x, zero), Isa::divide(x, Isa::add(one, e)));
   } else if constexpr (kActivation == Activation::gelu_tanh) {
     // 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))
     const Float cube = Isa::multiply(Isa::multiply(x, x), x);
