@@ -13,6 +13,10 @@ from fptq.models import loading
 from fptq.models.loading import FloatModel
 from fptq.models.sources import open_gguf
 from fptq.quantize import CalibrationSpec, Options, quantize
+from fptq.runtime.engine import Engine
+from lockstep import full_cache, use_engine_rounding_
+
+GOLDEN = "The capital of France is Paris, with the iconic"
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,27 @@ def test_demo_model_end_to_end(tmp_path: Path) -> None:
     assert max(r for name, r in ranges.items() if name.endswith("down_proj")) > 1000
     model, tokenizer = load(folder)
     assert "Paris" in generate(model, tokenizer, "What is the capital of France?", chat=True, max_new_tokens=12)
+    with Engine.open(folder) as engine:
+        prompts = [
+            engine.tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}]),
+            engine.tokenizer.encode("Once upon a time, there was a"),
+            engine.tokenizer.encode("def fibonacci(n):"),
+        ]
+        written = engine.generate_batch(prompts, max_new_tokens=40, stop_ids=())
+        assert written[0].text.startswith(GOLDEN)
+        use_engine_rounding_(model, engine)
+        for prompt, completion in zip(prompts, written, strict=True):
+            ids = torch.tensor([prompt])
+            with torch.no_grad():
+                tokens = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=40,
+                    do_sample=False,
+                    past_key_values=full_cache(model),
+                    eos_token_id=None,
+                )
+            assert list(completion.tokens) == tokens[0, len(prompt) :].tolist()
 
 
 def test_gguf_with_rotary_scaling_is_refused(demo: FloatModel) -> None:

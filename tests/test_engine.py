@@ -24,6 +24,7 @@ from fptq.runtime.engine import Engine
 from fptq.runtime.kernels import Kernels
 from fptq.runtime.kv_cache import PAGE_TOKENS
 from fptq.runtime.sampling import Sampling
+from lockstep import full_cache, use_engine_rounding_
 from tiny import VARIANTS, save_tiny, token_ids
 from tokens import save_tokenizer
 
@@ -173,6 +174,20 @@ def test_planted_faults_are_found(folders: dict[str, Path], fault: str) -> None:
         weights = dataclasses.replace(engine.weights, blocks=(engine.weights.blocks[0], changed))
         wrong = Engine(engine.folder, engine.plan, weights, engine.cache, engine.kernels)
         assert not is_near(wrong.logits(ids), right)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-bias-untied", "mistral-sliding", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "opt"]
+)
+def test_with_equal_rounding_the_paths_are_equal(folders: dict[str, Path], name: str) -> None:
+    """No code differs: only the output head, a float product here, adds up in another order: 64 terms."""
+    ids = token_ids(1, 150, 150)[0].numpy()
+    model, _ = load(folders[name])
+    with Engine.open(folders[name], threads=2) as engine, torch.no_grad():
+        use_engine_rounding_(model, engine)
+        wanted = model(torch.from_numpy(ids)[None], past_key_values=full_cache(model), use_cache=True).logits[0].numpy()
+        got = engine.logits(ids)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=64 * 2.0**-24 * 8 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "bloom", "opt", "mistral-sliding", "glm4"])

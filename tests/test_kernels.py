@@ -727,6 +727,13 @@ def test_arrays_of_any_order_and_place(kernels: Kernels) -> None:
         moved = np.zeros(packed.size + offset, np.uint8)[offset:]
         moved[...] = packed
         np.testing.assert_array_equal(kernels.linear(Weights(moved, 40, 64, 32, 4), x, 0.02), wanted)
+        for dtype in (np.dtype(np.float32), BFLOAT16):
+            floats = kernels.pack_floats(codes.astype(dtype))
+            moved = np.zeros(floats.nbytes + offset, np.uint8)[offset:]
+            moved[...] = floats.data
+            np.testing.assert_array_equal(
+                kernels.linear_float(Weights(moved, 40, 64, 64, floats.bits), shifted), kernels.linear_float(floats, x)
+            )
 
 
 def test_calls_from_several_threads(kernels: Kernels) -> None:
