@@ -158,7 +158,7 @@ def blueprint(config: Config) -> Blueprint:
         UnsupportedModelError: the engine doesn't run it; the message names what.
         CheckpointError: a value that is needed is missing or of another kind.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in _TABLE:
         raise UnsupportedModelError(f"architecture '{kind}'", f"it runs: {', '.join(sorted(_TABLE))}")
     make, defaults = _TABLE[kind]
@@ -166,6 +166,9 @@ def blueprint(config: Config) -> Blueprint:
     given = {key: value for key, value in renamed.items() if value is not None or key in _NULL_MEANS_NONE}
     values = {**_USUAL, **defaults, **given}
     try:
+        for key in _COUNTS & values.keys():
+            if values[key] is not None and (not isinstance(values[key], int) or values[key] < 1):
+                raise ValueError(f"{key} {values[key]!r}")
         return make(values)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as cause:
         raise CheckpointError(
@@ -179,6 +182,20 @@ _USUAL: Config = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
     "rope_theta": 10000.0,
+}
+_COUNTS = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "ffn_dim",
+    "num_hidden_layers",
+    "n_layer",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
 }
 _NULL_MEANS_NONE = (
     "sliding_window",
@@ -216,7 +233,7 @@ def _rope_parameters(c: Config, layer_type: str) -> dict[str, Any]:
     trained = "original_max_position_embeddings"
     if kind in ("llama3", "yarn", "longrope"):
         given.setdefault(trained, c["max_position_embeddings"])
-        if c["model_type"] == "phi3":
+        if trained in c and c["model_type"] != "gemma3_text":
             given[trained] = c[trained]
     for key in ("partial_rotary_factor", "max_position_embeddings"):
         if key in c:

@@ -37,6 +37,7 @@ Array = np.ndarray
 TokenIds: TypeAlias = "Ids[int] | Array"
 
 DEFAULT_CONTEXT = 8192
+_ALL_ROWS = np.arange(MAX_ROWS)
 PREFILL_ROWS = 256
 """Tokens of a prompt that one step takes: enough to keep the arithmetic busy, few enough to stay in the caches."""
 
@@ -173,9 +174,11 @@ class Engine:
             EngineError: a sequence becomes longer than the context, the cache is full, or the engine is closed.
         """
         decoder = self._running()
-        texts = [(sequence, self._checked(ids)) for sequence, ids in batch]
-        if len({id(sequence) for sequence, _ in texts}) < len(texts):
+        if len(batch) > 1 and len({id(sequence) for sequence, _ in batch}) < len(batch):
             raise EngineError("a sequence appears twice in a batch")
+        if last is None and len(batch) <= MAX_ROWS and all(len(ids) == 1 for _, ids in batch):
+            return self._append_one_each(batch)
+        texts = [(sequence, self._checked(ids)) for sequence, ids in batch]
         rows = [1] * len(texts) if last is None else list(last)
         pages = [sequence.reserve(sequence.length + len(ids)) for sequence, ids in texts]
         logits = []
@@ -187,6 +190,15 @@ class Engine:
             for i, start, stop in step:
                 texts[i][0].length += stop - start
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
+
+    def _append_one_each(self, batch: Ids[tuple[Sequence, TokenIds]]) -> Array:
+        """Return what `forward` does for one token a sequence: decoding, with little to do around the step."""
+        tokens = self._checked([ids[0] for _, ids in batch])
+        runs = [Run(1, sequence.length, sequence.reserve(sequence.length + 1)) for sequence, _ in batch]
+        logits = self._running().step(tokens, runs, self.cache, _ALL_ROWS[: len(runs)])
+        for sequence, _ in batch:
+            sequence.length += 1
+        return logits
 
     def logits(self, ids: TokenIds) -> Array:
         """Return the logits float32 [tokens, vocabulary] after every token of a text; see `score` for long ones."""

@@ -102,7 +102,7 @@ class Weights:
     bits: int
 
     def __post_init__(self) -> None:
-        if self.bits in FLOAT_BITS.values():
+        if self.bits in FLOAT_BITS.values() and min(self.n, self.k) > 0 and self.group_size == self.k:
             _check("packed weights", self.data, np.uint8, (reference.packed_bytes(self.n, self.k, self.k, self.bits),))
             return
         largest = MAX_GROUP_SIZE.get(self.bits, 0)
@@ -211,7 +211,7 @@ class Kernels:
             scales: bfloat16 [n, G], for groups of a multiple of 8 inputs.
 
         Raises:
-            KernelError: wrong shapes or dtypes.
+            KernelError: wrong shapes or dtypes, or scales that aren't finite.
         """
         words = _check("words", words, np.int32, (None, None))
         n, k = words.shape[0], 8 * words.shape[1]
@@ -219,6 +219,8 @@ class Kernels:
         groups = scales.shape[1]
         if not n or not k or not groups or k % (8 * groups) or k // groups > MAX_GROUP_SIZE[4]:
             raise KernelError(f"words of {[n, k]} codes with {groups} scales a row: needed groups of a multiple of 8")
+        if not np.isfinite(scales).all():
+            raise KernelError("weight scales must be finite")
         size = k // groups
         if self._session is None:
             return self.pack(numerics.unpack_int4(words), scales.astype(np.float32), bits=4)
@@ -257,6 +259,7 @@ class Kernels:
             activation_scales: float32 [m].
             bias: float32 [n].
         """
+        _check_codes(weights)
         activations = _check("activations", activations, np.int8, (None, weights.k))
         m = activations.shape[0]
         activation_scales = _check("activation scales", activation_scales, np.float32, (m,))
@@ -269,6 +272,7 @@ class Kernels:
 
     def linear(self, weights: Weights, x: Array, input_scale: float | None, bias: Array | None = None) -> Array:
         """Return `matmul` of float32 x [m, k], quantized as by `quantize`."""
+        _check_codes(weights)
         x = _check("x", x, np.float32, (None, weights.k))
         bias = _check_optional("bias", bias, (weights.n,))
         _check_scale(input_scale)
@@ -280,7 +284,7 @@ class Kernels:
 
     def _reference_matmul(self, weights: Weights, codes: Array, scales: Array, bias: Array | None) -> Array:
         parts = reference.unpack(weights.data, weights.n, weights.k, weights.group_size, weights.bits)
-        return reference.matmul(*parts, codes, scales, bias).astype(np.float32)
+        return _to_float32(reference.matmul(*parts, codes, scales, bias))
 
     def quantize(self, x: Array, input_scale: float | None) -> tuple[Array, Array]:
         """Return 8-bit codes int8 [m, k] and scales float32 [m] of float32 x [m, k].
@@ -320,7 +324,7 @@ class Kernels:
     def _normalize(self, x: Array, weight: Array, bias: Array | None, eps: float, center: bool) -> Array:
         x, weight, bias = _check_norm(x, weight, bias, eps)
         if self._session is None:
-            return reference.normalize(x, weight, bias, eps, center).astype(np.float32)
+            return _to_float32(reference.normalize(x, weight, bias, eps, center))
         out = np.empty(x.shape, np.float32)
         self._session.normalize(x, weight, bias, eps, center, out)
         return out
@@ -331,7 +335,7 @@ class Kernels:
         x, weight, bias = _check_norm(x, weight, bias, eps)
         _check_scale(input_scale)
         if self._session is None:
-            y = reference.normalize(x, weight, bias, eps, center).astype(np.float32)
+            y = _to_float32(reference.normalize(x, weight, bias, eps, center))
             return reference.quantize(y, input_scale)
         codes, scales = np.empty(x.shape, np.int8), np.empty(x.shape[0], np.float32)
         self._session.normalize_quantize(x, weight, bias, eps, center, input_scale, codes, scales)
@@ -400,7 +404,7 @@ class Kernels:
                 window=window,
                 alibi_slopes=alibi_slopes,
             )
-            return result.astype(np.float32)
+            return _to_float32(result)
         out = np.empty(queries.shape, np.float32)
         self._session.attend(
             queries,
@@ -429,7 +433,7 @@ class Kernels:
             raise KernelError(f"weights of {weights.bits} bits aren't float")
         if self._session is None:
             y = x.astype(np.float64) @ reference.unpack_floats(weights.data, weights.n, weights.k, weights.bits).T
-            return (y if bias is None else y + bias).astype(np.float32)
+            return _to_float32(y if bias is None else y + bias)
         y = np.empty((x.shape[0], weights.n), np.float32)
         self._session.multiply_floats(weights.data, weights.bits, x, bias, y)
         return y
@@ -447,7 +451,7 @@ class Kernels:
         x = _check("x", x, np.float32, (None, None))
         up = None if up is None else _check("up", up, np.float32, x.shape)
         if self._session is None:
-            return reference.activate(activation, x, up).astype(np.float32)
+            return _to_float32(reference.activate(activation, x, up))
         out = np.empty(x.shape, np.float32)
         self._session.activate(ACTIVATIONS.index(activation), x, up, out)
         return out
@@ -470,6 +474,12 @@ class Kernels:
         return self._session
 
 
+def _to_float32(x: Array) -> Array:
+    """Return x in float32; what is too large becomes infinite, as in a kernel."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float32)
+
+
 def _check(name: str, array: Array, dtype: type | np.dtype, shape: tuple[int | None, ...]) -> Array:
     """Return `array` in C order, or raise KernelError if its dtype or shape isn't what is needed (None: any)."""
     fits = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == len(shape)
@@ -482,6 +492,11 @@ def _check(name: str, array: Array, dtype: type | np.dtype, shape: tuple[int | N
         raise KernelError(f"{name} is {got}: needed {np.dtype(dtype)} [{wanted}]")
     flags = array.flags
     return array if flags.c_contiguous and flags.aligned else np.require(array, requirements=["C", "A"])
+
+
+def _check_codes(weights: Weights) -> None:
+    if weights.bits not in MAX_GROUP_SIZE:
+        raise KernelError(f"weights of {weights.bits} bits are float: multiply them with `linear_float`")
 
 
 def _check_optional(name: str, array: Array | None, shape: tuple[int | None, ...]) -> Array | None:

@@ -75,6 +75,7 @@ class Sequence:
         self.limit = limit
         self._cache = cache
         self._pages: list[int] = []
+        self._table = np.empty(0, np.int64)
 
     def reserve(self, length: int) -> np.ndarray:
         """Return the pages for so many tokens as int64, after taking what is missing.
@@ -89,7 +90,8 @@ class Sequence:
         count = -(-length // PAGE_TOKENS)
         if count > len(self._pages):
             self._pages += self._cache.take(count - len(self._pages))
-        return np.array(self._pages, np.int64)
+            self._table = np.array(self._pages, np.int64)
+        return self._table
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from position `length` on."""
@@ -97,6 +99,7 @@ class Sequence:
         count = -(-self.length // PAGE_TOKENS)
         self._cache.give_back(self._pages[count:])
         del self._pages[count:]
+        self._table = self._table[:count]
 
     def close(self) -> None:
         """Give all pages back."""

@@ -84,17 +84,21 @@ def unpack_floats(packed: Array, n: int, k: int, bits: int) -> Array:
 
 
 def activate(activation: str, x: Array, up: Array | None) -> Array:
-    """Return activation(x) for x [m, k], times `up` if given, in float64."""
+    """Return activation(x) for x [m, k], times `up` if given, in float64.
+
+    As in torch, silu and gelu of -inf are NaN: infinite inputs show.
+    """
     rows = x.astype(np.float64)
-    if activation == "relu":
-        y = np.where(rows < 0, 0.0, rows)
-    elif activation == "silu":
-        y = rows / (1 + np.exp(-rows))
-    elif activation == "gelu_tanh":
-        y = 0.5 * rows * (1 + np.tanh(math.sqrt(2 / math.pi) * (rows + 0.044715 * rows**3)))
-    else:
-        y = 0.5 * rows * (1 + np.vectorize(math.erf, otypes=[np.float64])(rows / math.sqrt(2)))
-    return y if up is None else y * up
+    with np.errstate(over="ignore", invalid="ignore"):
+        if activation == "relu":
+            y = np.where(rows < 0, 0.0, rows)
+        elif activation == "silu":
+            y = rows / (1 + np.exp(-rows))
+        elif activation == "gelu_tanh":
+            y = 0.5 * rows * (1 + np.tanh(math.sqrt(2 / math.pi) * (rows + 0.044715 * rows**3)))
+        else:
+            y = 0.5 * rows * (1 + np.vectorize(math.erf, otypes=[np.float64])(rows / math.sqrt(2)))
+        return y if up is None else y * up
 
 
 def matmul(codes: Array, scales: Array, activations: Array, activation_scales: Array, bias: Array | None) -> Array:
