@@ -1,4 +1,4 @@
-# make demo   quantizes SmolLM2-135M-Instruct, prints the plan and what it cost, lets it write
+# make demo   quantizes SmolLM2-135M-Instruct, prints the plan and what it cost, lets it write, measures its speed
 # make test   formatting, lint, types, all tests
 # make clean  removes the environment and everything made
 #
@@ -19,6 +19,7 @@ demo: $(VENV)/.demo
 	$(BIN)/fptq inspect $(OUT)/SmolLM2-135M-W4A8 --verify
 	$(BIN)/fptq evaluate $(OUT)/SmolLM2-135M-W4A8 --reference demo --text $(OUT)/evaluation.txt --length 512 --limit 16
 	$(BIN)/fptq generate $(OUT)/SmolLM2-135M-W4A8 "What is the capital of France?" --chat --max-new-tokens 60
+	$(BIN)/fptq bench $(OUT)/SmolLM2-135M-W4A8 --prompt 256 --generate 64
 
 test: $(VENV)/.test
 	@test -e build/cross/c++ || sh scripts/cross_tools.sh build/cross || echo "The Arm kernels won't be tested"

@@ -121,8 +121,10 @@ class Step {
     const int64_t k = e.shape.k;
     if (e.shape.is_float()) {
       const int64_t bytes = k * static_cast<int>(e.shape.type) / 8;
-      const uint8_t* row = e.data + token * bytes;
-      if (!e.data) {
+      const uint8_t* row = nullptr;
+      if (e.data) {
+        row = e.data + token * bytes;
+      } else {
         auto* const read = scratch.reserve_array<uint8_t>(bytes);
         read_file(e.file, e.offset + token * bytes, bytes, read);
         row = read;

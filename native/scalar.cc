@@ -46,7 +46,11 @@ struct Isa {
   static Float load_int8(const int8_t* p) { return *p; }
   static void store_int8(int8_t* p, Float x) { *p = x == x ? static_cast<int8_t>(x) : int8_t{-128}; }
   static Float splat(float x) { return x; }
-  static Float load(const float* p) { return *p; }
+  static Float load(const float* p) {  // of packed weights, which lie anywhere
+    float x;
+    __builtin_memcpy(&x, p, 4);
+    return x;
+  }
   static void store(float* p, Float x) { *p = x; }
   static Float add(Float a, Float b) { return a + b; }
   static Float subtract(Float a, Float b) { return a - b; }
@@ -58,7 +62,10 @@ struct Isa {
   static Float absolute(Float x) { return __builtin_fabsf(x); }
   static Float round(Float x) { return __builtin_nearbyintf(x); }
   static Float where_less(Float a, Float b, Float yes, Float no) { return a < b ? yes : no; }
-  static Float power_of_two(Float n) { return from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23); }
+  static Float power_of_two(Float n) {
+    if (n != n) return n;  // no integer
+    return from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  }
   static float reduce_add(Float x) { return x; }
   static float reduce_max(Float x) { return x; }
 

@@ -151,9 +151,11 @@ def test_an_answer_that_nobody_begins_to_hear_was_not_given(folder: Path, engine
     conversation.close()
 
 
+@pytest.mark.parametrize("question", ["w7 w8", "w9"])
 def test_an_interrupt_while_a_question_is_read_leaves_a_sound_conversation(
-    folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, question: str
 ) -> None:
+    """The same question is in the cache to its last token by then."""
     conversation = Conversation(engine)
     say(conversation, "w5 w6")
     messages = list(conversation.messages)
@@ -169,7 +171,8 @@ def test_an_interrupt_while_a_question_is_read_leaves_a_sound_conversation(
             say(conversation, "w7 w8")
     assert conversation.messages == messages
     with Engine.open(folder, threads=1) as other:
-        assert say(conversation, "w9") == fresh_answer(other, messages, "w9")
+        wanted = fresh_answer(other, messages, question)
+        assert say(conversation, question) == wanted
     conversation.close()
 
 

@@ -396,6 +396,21 @@ def test_activations_that_are_no_numbers_are_an_error(llama: Path) -> None:
             engine.logits([1, 2, 3])
 
 
+def test_a_file_that_is_cut_while_it_runs_is_an_error(llama: Path, tmp_path: Path) -> None:
+    """Float embeddings are read from the file when a token needs them."""
+    copy = tmp_path / "copy"
+    shutil.copytree(llama, copy)
+    with Engine.open(copy, threads=2) as engine:
+        wanted = engine.logits([1, 2, 3])
+        (copy / "model.safetensors").unlink()
+        np.testing.assert_array_equal(engine.logits([1, 2, 3]), wanted)
+    shutil.copytree(llama, copy, dirs_exist_ok=True)
+    with Engine.open(copy, threads=2) as engine:
+        os.truncate(copy / "model.safetensors", 100)
+        with pytest.raises(EngineError, match="can't be read any more"):
+            engine.logits([1, 2, 3])
+
+
 def threads_of_process() -> int:
     return len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else threading.active_count()
 

@@ -357,8 +357,8 @@ struct Decoder {
         block.value_column = 192;
         block.up_column = 96;
         block.qkv = {
-            {matrix(queries, 40, 8, WeightType::int4, 0.03f), matrix(keys, 40, 8, WeightType::int4, 0.03f, 128),
-             matrix(keys, 40, 40, WeightType::int8, {}, 192)},
+            {matrix(64, 40, 8, WeightType::int4, 0.03f), matrix(56, 40, 8, WeightType::int4, 0.05f, 64),
+             matrix(keys, 40, 20, WeightType::int4, 0.05f, 128), matrix(keys, 40, 40, WeightType::int8, {}, 192)},
             192 + keys};
         block.up = {{matrix(72, 40, 40, WeightType::float32, {}), matrix(72, 40, 40, WeightType::int8, {}, 96)}, 168};
         block.down = {{matrix(40, 72, 24, WeightType::int4, {})}, 40};
@@ -442,7 +442,7 @@ struct Decoder {
       for (auto& s : scales) s = bfloat16(spread / top * uniform(0.5, 1.5));
       pack(shape, codes.data(), scales.data(), bytes_.back().data(), pool_);
     }
-    return {shape, bytes_.back().data(), column % 64 ? nullptr : random(n, -0.2, 0.2), input_scale, column};
+    return {shape, bytes_.back().data(), column ? nullptr : random(n, -0.2, 0.2), input_scale, column};
   }
 
   Pool& pool_;
@@ -519,7 +519,7 @@ void test_decoder(const Kernels& kernels, const Kernels& scalar, bool plain) {
   const auto late = [](int, int64_t i) { return i >= 20; };
   const struct {
     const char* name;
-    const std::vector<std::vector<Share>>& steps;
+    std::vector<std::vector<Share>> steps;
     std::function<bool(int, int64_t)> wanted;
   } cases[] = {
       {"alone", alone, everything}, {"in pieces", pieces, everything},   {"token by token", tokens, everything},
@@ -535,6 +535,14 @@ void test_decoder(const Kernels& kernels, const Kernels& scalar, bool plain) {
                                              std::to_string(place.first) + " token " + std::to_string(place.second));
     }
   }
+
+  // Layers that read one input, in another order.
+  Decoder turned = decoder;
+  for (auto& block : turned.model.blocks)
+    for (Projection* const projection : {&block.qkv, &block.up})
+      std::reverse(projection->parts.begin(), projection->parts.end());
+  const bool same = run_steps(kernels, turned, one, {whole_texts}, everything) == wanted;
+  require(same, "layers in another order");
 
   // Another target rounds sums differently, which now and then makes another code of the next layer's input: one step.
   const Logits others = run_steps(scalar, decoder, one, {whole_texts}, everything);
@@ -556,10 +564,9 @@ void test_decoder(const Kernels& kernels, const Kernels& scalar, bool plain) {
     std::fputs("before", file);
     std::fwrite(embedding.data, 4, Decoder::kVocabulary * 40, file);
     std::fflush(file);
-    Decoder& other = decoder;
-    other.model.embedding.data = nullptr;
-    other.model.embedding.file = fileno(file);
-    other.model.embedding.offset = 6;
+    decoder.model.embedding.data = nullptr;
+    decoder.model.embedding.file = fileno(file);
+    decoder.model.embedding.offset = 6;
     const Logits got = run_steps(kernels, decoder, three, {whole_texts}, last_ones);
     for (const auto& [place, row] : got) require(row == wanted.at(place), "an embedding in a file");
     std::fclose(file);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from fptq.errors import GenerationError
 from fptq.runtime.engine import Engine, Piece
@@ -31,16 +31,18 @@ class Conversation:
         self._sequence = engine.sequence()
         self._tokens: list[int] = []  # in the cache
         self.messages = list(self._start)
+        self._answer: Generator[Piece, None, None] = self._listen([], [], iter(()))
 
     def ask(self, text: str, *, max_new_tokens: int | None = None) -> Iterator[Piece]:
         """Yield the answer to `text` piece by piece.
 
-        If the caller stops listening, what was said until then remains said.
+        If the caller stops listening, or asks again, what was said until then remains said.
 
         Raises:
             GenerationError: the conversation doesn't fit the context any more; nothing has changed.
             TokenizerError: the chat template refuses the message.
         """
+        self._answer.close()
         question = [*self.messages, {"role": "user", "content": text}]
         prompt = self._tokenizer.chat(question)
         common = 0
@@ -51,9 +53,12 @@ class Conversation:
         pieces = self._engine.generate(
             prompt, sampling=self._sampling, max_new_tokens=max_new_tokens, sequence=self._sequence
         )
-        return self._listen(question, prompt, pieces)
+        self._answer = self._listen(question, prompt, pieces)
+        return self._answer
 
-    def _listen(self, question: list[dict[str, str]], prompt: list[int], pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def _listen(
+        self, question: list[dict[str, str]], prompt: list[int], pieces: Iterator[Piece]
+    ) -> Generator[Piece, None, None]:
         said: list[Piece] = []
         try:
             for piece in pieces:

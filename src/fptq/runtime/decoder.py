@@ -56,7 +56,7 @@ class Decoder(Protocol):
             wanted: int64, ascending: the rows whose logits are computed.
 
         Raises:
-            EngineError: activations have become infinite or NaN.
+            EngineError: activations have become infinite or NaN, or the checkpoint's file can't be read any more.
         """
 
     def take_times(self) -> dict[str, float]:
@@ -130,7 +130,10 @@ class NativeDecoder:
         """See `Decoder.step`."""
         logits = np.empty((len(wanted), self._vocabulary), np.float32)
         data = [(run.rows, run.first_position, run.pages) for run in runs]
-        failed = self._model.forward(tokens, data, cache.keys, cache.values, wanted, logits)
+        try:
+            failed = self._model.forward(tokens, data, cache.keys, cache.values, wanted, logits)
+        except RuntimeError as cause:
+            raise EngineError(f"a step failed: {cause}") from cause
         if failed >= 0:
             raise _not_finite(failed, self._blocks)
         return logits

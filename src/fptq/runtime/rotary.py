@@ -1,6 +1,6 @@
 """Rotary position embeddings: the angles of every variant that the engine runs, as tables of cosines and sines.
 
-Numbers are computed in float32 in the order in which transformers does, so that both paths rotate alike.
+Numbers are computed in float32, as transformers does, up to a rounding or two in the scaled variants.
 """
 
 from __future__ import annotations

@@ -162,8 +162,9 @@ class _Loader:
         positions = None
         if plan.positions:
             tensor = self._floats(f"{plan.positions}.weight", None)
-            if tensor.ndim != 2 or tensor.shape[1] != plan.hidden:
-                raise self._misfit(f"{plan.positions}.weight", tensor.shape, ("any", plan.hidden))
+            needed = self.context + plan.position_offset
+            if tensor.ndim != 2 or tensor.shape[1] != plan.hidden or len(tensor) < needed:
+                raise self._misfit(f"{plan.positions}.weight", tensor.shape, (f"at least {needed}", plan.hidden))
             positions = np.ascontiguousarray(tensor[plan.position_offset :])
         head, embedding = self._head_and_embedding()
         weights = DecoderWeights(
