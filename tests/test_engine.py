@@ -440,7 +440,9 @@ def test_a_forked_child_computes_and_does_not_hang(llama: Path) -> None:
         np.testing.assert_array_equal(engine.logits([1, 2, 3]), wanted)
 
 
-def test_an_interrupt_ends_generation_and_leaves_a_sound_engine(llama: Path) -> None:
+def test_an_interrupt_ends_generation_and_leaves_a_sound_engine(llama: Path, request: pytest.FixtureRequest) -> None:
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
     with Engine.open(llama, threads=2) as engine:
         wanted = [piece.token for piece in engine.generate([1, 2], max_new_tokens=50, stop_ids=())]
 
