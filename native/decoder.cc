@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cmath>
@@ -216,11 +217,12 @@ class Step {
     for (int64_t i = 0; i < d; i += kLine) {
       int8_t codes[kLine];
       const int64_t count = std::min(kLine, d - i);
-      kernels_.quantize(key + i, count, block.key_scale, codes);
+      if (!kernels_.quantize(key + i, count, block.key_scale, codes)) finite_ = false;
       for (int64_t j = 0; j < count; ++j) keys[(i + j) * cache_.page_tokens] = codes[j];
     }
-    kernels_.quantize(states + block.value_column + kv_head * d, d, block.value_scale,
-                      page(cache_.values, index, number) + head + token * d);
+    const float* const value = states + block.value_column + kv_head * d;
+    if (!kernels_.quantize(value, d, block.value_scale, page(cache_.values, index, number) + head + token * d))
+      finite_ = false;
   }
 
   // Attention of all rows; with `alone` every run is one row, which the first task of a head enters into the cache.
@@ -331,9 +333,12 @@ class Step {
           float* const out = floats + row * part.shape.k;
           const float* const from = floats_of(input, row, part.shape.k, out);
           if (from != out) std::memcpy(out, from, sizeof(float) * part.shape.k);
+          if (!std::all_of(out, out + part.shape.k, [](float x) { return std::isfinite(x); })) finite_ = false;
         });
+        spent(kInputs);
         multiply_floats(kernels_, part.shape, part.packed, rows_, floats, part.bias, y + part.column,
                         projection.columns, workspace_);
+        if (&projection != &model_.head) spent(kProducts);
         continue;
       }
       const bool same = before && before->shape.group_size == part.shape.group_size &&
@@ -345,7 +350,8 @@ class Step {
               return quantize_input(input, row, part, codes, scratch);
             },
             workspace_);
-        for (int64_t row = 0; row < rows_; ++row) finite_ = finite_ && !std::isnan(tiles.scales[row]);
+        if (std::any_of(tiles.scales, tiles.scales + rows_, [](float scale) { return std::isnan(scale); }))
+          finite_ = false;
       }
       spent(kInputs);
       before = &part;
@@ -395,7 +401,7 @@ class Step {
   std::vector<Run> runs_;
   int64_t rows_ = 0;
   float *x_ = nullptr, *y_ = nullptr, *qkv_ = nullptr, *attended_ = nullptr;
-  bool finite_ = true;
+  std::atomic<bool> finite_ = true;
 };
 
 }  // namespace

@@ -102,8 +102,8 @@ struct State {
 };
 
 // Runs the tokens of all runs, one after the other at most kRowBlock, through the model: their keys and values enter
-// the cache, and the rows `wanted` get their logits [wanted_count, vocabulary]. Returns the block whose input can't be
-// quantized since it isn't finite (the number of blocks for the head), -1 if all is well.
+// the cache, and the rows `wanted` get their logits [wanted_count, vocabulary]. Returns the block in which something
+// can't be quantized since it isn't finite (the number of blocks for the head), -1 if all is well.
 int64_t forward(const Kernels& kernels, const Model& model, const Cache& cache, const int32_t* tokens,
                 const std::vector<Run>& runs, const int64_t* wanted, int64_t wanted_count, float* logits, State& state,
                 Workspace& workspace);

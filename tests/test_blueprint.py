@@ -72,6 +72,8 @@ def test_planted_faults_in_the_table_are_found(kind: str, monkeypatch: pytest.Mo
             assert parts(blueprint({"model_type": kind})) != wanted, name
         except UnsupportedModelError:
             assert kind == "opt"
+        except CheckpointError:
+            assert name == "num_key_value_heads"
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024}

@@ -230,3 +230,19 @@ def test_models_without_a_chat_template_are_refused(
         monkeypatch.setattr(engine, "tokenizer", tokenizer)
         with pytest.raises(GenerationError, match="no chat template; it can continue text"):
             Conversation(engine)
+
+
+def test_reset_ends_the_running_answer(engine: Engine) -> None:
+    conversation = Conversation(engine)
+    fresh = say(conversation, "w3 w4")
+    conversation.reset()
+    running = conversation.ask("w9 w9 w9", max_new_tokens=8)
+    next(running)
+    conversation.reset()
+    assert list(running) == []
+    assert conversation.messages == []
+    assert say(conversation, "w3 w4") == fresh
+    running = conversation.ask("w5", max_new_tokens=8)
+    next(running)
+    conversation.close()
+    assert list(running) == []

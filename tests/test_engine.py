@@ -172,7 +172,7 @@ def test_planted_faults_are_found(folders: dict[str, Path], fault: str) -> None:
             part = dataclasses.replace(block.qkv.parts[0], bias=None)
             changed = dataclasses.replace(block, qkv=dataclasses.replace(block.qkv, parts=(part,)))
         weights = dataclasses.replace(engine.weights, blocks=(engine.weights.blocks[0], changed))
-        wrong = Engine(engine.folder, engine.plan, weights, engine.cache, engine.kernels)
+        wrong = Engine(engine.folder, engine.plan, weights, engine.cache, engine.kernels, engine.context)
         assert not is_near(wrong.logits(ids), right)
 
 
@@ -319,6 +319,11 @@ def test_log_probabilities_are_those_of_the_logits(llama: Path) -> None:
         (lambda e: e.generate([1], max_new_tokens=0), GenerationError, "max_new_tokens 0"),
         (lambda e: e.generate([1], log_probabilities=-1), GenerationError, "log_probabilities -1"),
         (lambda e: e.generate_batch([[1]], concurrent=0), GenerationError, "concurrent 0"),
+        (lambda e: e.generate("text"), GenerationError, "needed integers in a row"),
+        (lambda e: e.generate([[1, 2]]), GenerationError, "needed integers in a row"),
+        (lambda e: e.forward([(e.sequence(), [1, 2])], last=[3]), EngineError, "from 0 to its new tokens"),
+        (lambda e: e.forward([(e.sequence(), [1, 2])], last=[1, 1]), EngineError, "for each of 1 sequences"),
+        (lambda e: e.sequence().truncate(-1), EngineError, "can't be cut to -1 tokens"),
         (lambda e: (lambda s: e.forward([(s, [1]), (s, [2])]))(e.sequence()), EngineError, "twice"),
     ],
 )
@@ -381,6 +386,11 @@ def edited(folder: Path, tmp_path: Path, **values: object) -> Path:
         ({"num_hidden_layers": 3}, CheckpointError, "has no KV cache scales"),
         ({"hidden_size": "wide"}, CheckpointError, "a value of architecture 'llama' is missing or wrong"),
         ({"vocab_size": 161}, CheckpointError, r"the config makes it \[161, 64\]"),
+        ({"num_key_value_heads": 3}, CheckpointError, "4 query heads over 3 key/value heads"),
+        ({"partial_rotary_factor": 1.5}, CheckpointError, "24 of a head's 16 channels to rotate"),
+        ({"partial_rotary_factor": 0.2}, CheckpointError, "3 of a head's 16 channels to rotate"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, CheckpointError, "rotary type 'llama3' is missing or wrong"),
+        ({"rope_parameters": [1]}, CheckpointError, "missing or wrong"),
         ({"tie_word_embeddings": True}, CheckpointError, "'lm_head.weight' has no place in the model"),
     ],
 )
@@ -389,10 +399,37 @@ def test_configs_that_do_not_fit(llama: Path, tmp_path: Path, values: dict, erro
         Engine.open(edited(llama, tmp_path, **values))
 
 
+def test_sequences_stay_with_their_engine(llama: Path) -> None:
+    with Engine.open(llama, threads=1) as one, Engine.open(llama, threads=1, context=64) as other:
+        with pytest.raises(EngineError, match="belongs to another engine"):
+            other.forward([(one.sequence(), [1])])
+        kept = one.sequence()
+        one.forward([(kept, [1, 2, 3])])
+        with pytest.raises(GenerationError, match="has 3 tokens, the prompt 3: nothing new"):
+            one.generate([1, 2, 3], sequence=kept)
+
+
+@pytest.mark.parametrize("target", ["native", "reference"])
+@pytest.mark.parametrize("where", ["key bias", "output head"])
+def test_no_number_goes_unnoticed(
+    folders: dict[str, Path], where: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where keys become codes nor where a product stays in float."""
+    if target == "reference":
+        monkeypatch.setenv("FPTQ_KERNEL", "reference")
+    with Engine.open(folders["llama-bias-untied"], threads=1) as engine:
+        if where == "key bias":
+            engine.weights.blocks[1].qkv.parts[0].bias[engine.weights.blocks[1].key_column] = np.nan
+        else:
+            engine.weights.final_norm.weight[0] = np.nan
+        with pytest.raises(EngineError, match="in block 1" if where == "key bias" else "before the output head"):
+            engine.logits([1, 2, 3])
+
+
 def test_activations_that_are_no_numbers_are_an_error(llama: Path) -> None:
     with Engine.open(llama, threads=1) as engine:
         engine.weights.blocks[1].mlp_norm.weight[3] = np.nan
-        with pytest.raises(EngineError, match="infinite or NaN before block 1"):
+        with pytest.raises(EngineError, match="infinite or NaN in block 1"):
             engine.logits([1, 2, 3])
 
 

@@ -9,6 +9,7 @@ import argparse
 import io
 import json
 import os
+import secrets
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -366,7 +367,7 @@ def _generate_with_transformers(options: argparse.Namespace, prompt: str) -> Non
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
-        seed=options.seed or 0,
+        seed=secrets.randbelow(2**32) if options.seed is None else options.seed,
         on_text=lambda text: print(text, end="", flush=True),
     )
 
@@ -400,11 +401,14 @@ def _chat(options: argparse.Namespace) -> None:
             command, _, rest = text.partition(" ")
             if command == "/exit":
                 return
-            if command in ("/reset", "/system"):
-                talk.close()
-                talk = Conversation(engine, system=rest or options.system, sampling=sampling)
+            if command == "/reset":
+                talk.reset()
                 print("(a new conversation)")
-            elif text.startswith("/"):
+            elif command == "/system":
+                talk.close()
+                talk = Conversation(engine, system=rest, sampling=sampling)
+                print("(a new conversation)")
+            elif command.startswith("/") and not rest:
                 print("\n".join(f"{name:<14}{what}" for name, what in _CHAT_COMMANDS.items()))
             elif text:
                 _answer(talk, text, options.max_new_tokens)

@@ -56,7 +56,10 @@ class UnsupportedModelError(FPTQError):
 
     def __init__(self, what: str, hint: str = ""):
         then = f" ({hint})" if hint else ""
-        super().__init__(f"the engine doesn't run {what}{then}; transformers can: --runtime transformers")
+        super().__init__(
+            f"the engine doesn't run {what}{then}; transformers can: 'fptq generate' and 'fptq evaluate' with "
+            "--runtime transformers"
+        )
 
 
 class TextError(FPTQError):

@@ -100,7 +100,7 @@ class ScoredEngine:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.vocabulary = engine.plan.vocabulary
-        self.context = engine.context
+        self.context = engine.plan.context
 
     def score(self, window: torch.Tensor) -> Iterator[torch.Tensor]:
         """See `Scored.score`."""
@@ -112,9 +112,11 @@ class ScoredEngine:
         predicted = []
         for tokens, first in examples:
             sequence = self.engine.sequence()
-            logits = self.engine.forward([(sequence, tokens[:-1])], last=[len(tokens) - first])
+            try:
+                logits = self.engine.forward([(sequence, tokens[:-1])], last=[len(tokens) - first])
+            finally:
+                sequence.close()
             predicted.append(logits.argmax(axis=1).tolist())
-            sequence.close()
         return predicted
 
 

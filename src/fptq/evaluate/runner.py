@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fptq.checkpoint import Checkpoint
 from fptq.errors import EvaluationError, ModelError
 from fptq.evaluate.estimates import Estimate, mean, share
 from fptq.evaluate.fidelity import (
@@ -24,8 +25,10 @@ from fptq.evaluate.fidelity import (
 from fptq.integrations.transformers import W4A8Linear, load, new_cache
 from fptq.models.loading import FloatModel, load_tokenizer
 from fptq.models.text import beginning_of_sequence, hub_text, local_text, read_text
+from fptq.runtime.blueprint import blueprint
 from fptq.runtime.engine import Engine
 
+_LEAST_CONTEXT = 2048  # more than LAMBADA's texts have
 RUNTIMES = ("engine", "transformers")
 COMPARISONS = ("kl_divergence", "top1_agreement", "perplexity_ratio", "lambada_difference")
 """The metrics that speak of a difference to the reference."""
@@ -95,7 +98,7 @@ def evaluate(folder: str, reference: str | None, spec: EvaluationSpec, *, progre
     Raises:
         FPTQError: a model or a text can't be used.
     """
-    models, tokenizer = open_models({"quantized": folder}, reference, spec.runtime)
+    models, tokenizer = open_models({"quantized": folder}, reference, spec.runtime, spec.length)
     scores, counts = score(models, tokenizer, spec, progress=progress)
     quantized = models["quantized"]
     if isinstance(quantized, ScoredEngine):
@@ -108,9 +111,15 @@ def evaluate(folder: str, reference: str | None, spec: EvaluationSpec, *, progre
 
 
 def open_models(
-    folders: dict[str, str], reference: str | None, runtime: str = "engine"
+    folders: dict[str, str], reference: str | None, runtime: str = "engine", length: int = 1024
 ) -> tuple[dict[str, ScoredModel | ScoredEngine], Any]:
     """Return checkpoints by name, "reference" for the float model, and the tokenizer, which they share.
+
+    Args:
+        folders: checkpoint folders by name.
+        reference: the float model.
+        runtime: what runs the checkpoints.
+        length: tokens of the longest text.
 
     Raises:
         FPTQError: one can't be loaded, or has another vocabulary.
@@ -121,7 +130,9 @@ def open_models(
     tokenizer = None
     for name, folder in folders.items():
         if runtime == "engine":
-            engine = Engine.open(folder, threads=torch.get_num_threads())
+            most = blueprint(Checkpoint.open(folder).config).context or length
+            context = min(most, max(length, _LEAST_CONTEXT))
+            engine = Engine.open(folder, threads=torch.get_num_threads(), context=context)
             models[name], tokenizer = ScoredEngine(engine), load_tokenizer(engine.folder)
         else:
             model, tokenizer = load(folder)

@@ -169,8 +169,11 @@ def blueprint(config: Config) -> Blueprint:
         for key in _COUNTS & values.keys():
             if values[key] is not None and (not isinstance(values[key], int) or values[key] < 1):
                 raise ValueError(f"{key} {values[key]!r}")
-        return make(values)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as cause:
+        plan = make(values)
+        if plan.heads % plan.kv_heads:
+            raise ValueError(f"{plan.heads} query heads over {plan.kv_heads} key/value heads")
+        return plan
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as cause:
         raise CheckpointError(
             f"config.json: a value of architecture '{kind}' is missing or wrong ({cause!r})"
         ) from cause

@@ -73,10 +73,12 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget everything but the system message."""
+        self._answer.close()
         self._sequence.truncate(0)
         self._tokens = []
         self.messages = list(self._start)
 
     def close(self) -> None:
         """Give the place in the cache back."""
+        self._answer.close()
         self._sequence.close()

@@ -166,8 +166,8 @@ def _projection_data(
 
 
 def _not_finite(block: int, blocks: int) -> EngineError:
-    where = "the output head" if block == blocks else f"block {block}"
-    return EngineError(f"activations became infinite or NaN before {where}: the checkpoint's weights are damaged")
+    where = "before the output head" if block == blocks else f"in block {block}"
+    return EngineError(f"activations became infinite or NaN {where}: the checkpoint's weights are damaged")
 
 
 class PythonDecoder:
@@ -231,8 +231,8 @@ class PythonDecoder:
         for run in runs:
             rows = slice(row, row + run.rows)
             all_keys, all_values = cache.keys[index], cache.values[index]
-            self._enter(all_keys.swapaxes(2, 3), keys[rows], block.cache_scales.key, run)
-            self._enter(all_values, values[rows], block.cache_scales.value, run)
+            self._enter(index, all_keys.swapaxes(2, 3), keys[rows], block.cache_scales.key, run)
+            self._enter(index, all_values, values[rows], block.cache_scales.value, run)
             attended[rows] = self._kernels.attention(
                 queries[rows],
                 all_keys,
@@ -268,9 +268,11 @@ class PythonDecoder:
         first, second, rest = np.split(heads, [half, 2 * half], axis=-1)
         return np.concatenate([first * cosines - second * sines, second * cosines + first * sines, rest], axis=-1)
 
-    def _enter(self, cache: Array, states: Array, scale: float, run: Run) -> None:
+    def _enter(self, index: int, cache: Array, states: Array, scale: float, run: Run) -> None:
         """Put a run's keys or values [rows, kv_heads, head_dim] into its pages."""
-        codes, _ = self._kernels.quantize(states.reshape(len(states), -1), scale)
+        codes, scales = self._kernels.quantize(states.reshape(len(states), -1), scale)
+        if np.isnan(scales).any():
+            raise _not_finite(index, len(self._weights.blocks))
         places = run.first_position + np.arange(run.rows)
         page_tokens = cache.shape[2]
         cache[run.pages[places // page_tokens], :, places % page_tokens] = codes.reshape(states.shape)
@@ -280,6 +282,8 @@ class PythonDecoder:
         for part in projection.parts:
             columns = slice(part.column, part.column + part.weights.n)
             if part.activation is Activation.NONE:
+                if not np.isfinite(x).all():
+                    raise _not_finite(index, len(self._weights.blocks))
                 y[:, columns] = self._kernels.linear_float(part.weights, x, part.bias)
                 continue
             codes, scales = self._kernels.quantize(x, part.input_scale)

@@ -84,12 +84,14 @@ class Engine:
         kernels: the kernels and threads that run it.
     """
 
-    def __init__(self, folder: Path, plan: Blueprint, weights: DecoderWeights, cache: PageCache, kernels: Kernels):
+    def __init__(
+        self, folder: Path, plan: Blueprint, weights: DecoderWeights, cache: PageCache, kernels: Kernels, context: int
+    ):
         self.folder = folder
         self.plan = plan
         self.weights = weights
         self.cache = cache
-        self.context = cache.tokens
+        self.context = context
         self.kernels = kernels
         self._decoder: Decoder | None = make_decoder(kernels, weights)
 
@@ -122,13 +124,14 @@ class Engine:
                 f"{plan.context or 'any length'}, which the model was made for"
             )
         weights = load_weights(checkpoint, plan, kernels, context)
-        engine = cls(checkpoint.folder, plan, weights, PageCache(plan, sequences * whole_pages(context)), kernels)
-        engine.context = context
+        cache = PageCache(plan, sequences * whole_pages(context))
         give_back_memory()
-        return engine
+        return cls(checkpoint.folder, plan, weights, cache, kernels, context)
 
     def close(self) -> None:
         """End the threads and give the memory back; nothing can be run any more."""
+        if self._decoder is None:
+            return
         self._decoder = None
         if self.weights.embedding.file:
             self.weights.embedding.file.close()
@@ -138,8 +141,7 @@ class Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._decoder is not None:
-            self.close()
+        self.close()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -176,10 +178,16 @@ class Engine:
         decoder = self._running()
         if len(batch) > 1 and len({id(sequence) for sequence, _ in batch}) < len(batch):
             raise EngineError("a sequence appears twice in a batch")
+        if any(sequence.cache is not self.cache for sequence, _ in batch):
+            raise EngineError("a sequence belongs to another engine")
         if last is None and len(batch) <= MAX_ROWS and all(len(ids) == 1 for _, ids in batch):
             return self._append_one_each(batch)
         texts = [(sequence, self._checked(ids)) for sequence, ids in batch]
         rows = [1] * len(texts) if last is None else list(last)
+        if len(rows) != len(texts) or any(not 0 <= n <= len(ids) for n, (_, ids) in zip(rows, texts, strict=False)):
+            raise EngineError(
+                f"last {rows}: needed a number from 0 to its new tokens for each of {len(texts)} sequences"
+            )
         pages = [sequence.reserve(sequence.length + len(ids)) for sequence, ids in texts]
         logits = []
         for step in _steps([len(ids) for _, ids in texts]):
@@ -322,6 +330,8 @@ class Engine:
         sampler = Sampler(sampling or Sampling(), ids.tolist())
         stream = TextStream(self.tokenizer) if self.tokenizer else None
         place = self.sequence() if sequence is None else sequence
+        if place.length >= len(ids):
+            raise GenerationError(f"the sequence has {place.length} tokens, the prompt {len(ids)}: nothing new to run")
         return _Text(
             place,
             ids[place.length :],
@@ -345,8 +355,10 @@ class Engine:
     def _checked(self, ids: TokenIds) -> Array:
         """Return token ids as int32, or raise GenerationError."""
         array = np.asarray(ids)
-        if array.ndim != 1 or not array.size:
+        if not array.size:
             raise GenerationError("the prompt is empty: needed at least one token")
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.number):
+            raise GenerationError(f"token ids are {array.dtype} {list(array.shape)}: needed integers in a row")
         if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() >= self.plan.vocabulary:
             raise GenerationError(
                 f"token ids from {array.min()} to {array.max()}: needed integers from 0 to {self.plan.vocabulary - 1}"

@@ -68,12 +68,13 @@ class Sequence:
     Attributes:
         length: tokens whose keys and values are there.
         limit: how many there may be.
+        cache: whose pages it takes.
     """
 
     def __init__(self, cache: PageCache, limit: int):
         self.length = 0
         self.limit = limit
-        self._cache = cache
+        self.cache = cache
         self._pages: list[int] = []
         self._table = np.empty(0, np.int64)
 
@@ -89,15 +90,17 @@ class Sequence:
             )
         count = -(-length // PAGE_TOKENS)
         if count > len(self._pages):
-            self._pages += self._cache.take(count - len(self._pages))
+            self._pages += self.cache.take(count - len(self._pages))
             self._table = np.array(self._pages, np.int64)
         return self._table
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from position `length` on."""
+        if length < 0:
+            raise EngineError(f"a sequence can't be cut to {length} tokens")
         self.length = min(self.length, length)
         count = -(-self.length // PAGE_TOKENS)
-        self._cache.give_back(self._pages[count:])
+        self.cache.give_back(self._pages[count:])
         del self._pages[count:]
         self._table = self._table[:count]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fptq.errors import UnsupportedModelError
+from fptq.errors import CheckpointError, UnsupportedModelError
 
 Array = np.ndarray
 
@@ -40,6 +40,10 @@ class Rotary:
         if kind not in VARIANTS:
             raise UnsupportedModelError(f"rotary embeddings of type '{kind}'", f"it runs: {', '.join(VARIANTS)}")
         dims = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        if not 0 < dims <= head_dim or dims % 2:
+            raise CheckpointError(
+                f"config.json: {dims} of a head's {head_dim} channels to rotate: needed an even share"
+            )
         hashable = {key: tuple(v) if isinstance(v, list) else v for key, v in parameters.items()}
         return cls(dims, tuple(sorted(hashable.items())))
 
@@ -50,7 +54,13 @@ class Rotary:
             UnsupportedModelError: the variant has no fixed angles for so many positions.
         """
         values = dict(self.parameters)
-        inverse, factor = VARIANTS[values.get("rope_type", "default")](values, self.dims, positions)
+        kind = values.get("rope_type", "default")
+        try:
+            inverse, factor = VARIANTS[kind](values, self.dims, positions)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as cause:
+            raise CheckpointError(
+                f"config.json: a value of rotary type '{kind}' is missing or wrong ({cause!r})"
+            ) from cause
         angles = np.arange(positions, dtype=np.float32)[:, None] * inverse[None, :]
         return np.cos(angles) * np.float32(factor), np.sin(angles) * np.float32(factor)
 

@@ -231,6 +231,8 @@ class _Loader:
             head = Part(packed, bias, Activation.NONE, None, 0)
         projection = Projection((head,), plan.vocabulary)
         if plan.embedding in schemes:
+            if schemes[plan.embedding].bits != 8:
+                raise UnsupportedModelError(f"an embedding of int{schemes[plan.embedding].bits}")
             shared = self.checkpoint.tied_head and plan.head in schemes
             weights = head.weights if shared else self._linear("", Linear(plan.embedding), *shape).weights
             return projection, Embedding(*shape, weights.bits, weights.data)
@@ -289,6 +291,8 @@ class _Loader:
         if scheme.bits == 4:
             packed = self.kernels.pack_words(*self._words(prefix, layer, n, k))
         else:
+            if scheme.activation is Activation.NONE and layer.name != self.plan.embedding:
+                raise UnsupportedModelError(f"int8 weights with float activations, as '{name}' has them")
             linear = self.checkpoint.read_linear(name)
             if linear.codes.shape != (n, k):
                 raise self._misfit(name, linear.codes.shape, (n, k))
