@@ -200,7 +200,11 @@ class Worker:
                 text=True,
                 start_new_session=True,
             )
-        self.versions = self._read()
+        try:
+            self.versions = self._read()
+        except BaseException:  # an interrupt, too: the process is in a session of its own
+            self.close()
+            raise
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Return the answer to a request.
@@ -209,8 +213,8 @@ class Worker:
             AbsentError: the process has ended.
         """
         assert self._process.stdin is not None
-        os.killpg(self._process.pid, signal.SIGCONT)
-        with suppress(BrokenPipeError):
+        with suppress(BrokenPipeError, ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGCONT)
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         return self._read()
@@ -220,12 +224,13 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             raise AbsentError(f"it ended: {last_line(self._log)} (see {self._log})")
-        os.killpg(self._process.pid, signal.SIGSTOP)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGSTOP)
         return json.loads(line)
 
     def close(self) -> None:
         """End the process."""
-        if self._process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
 
