@@ -11,6 +11,7 @@ from fptq.errors import ArchitectureError
 from fptq.models.architectures import ARCHITECTURES, InputGroup, NormSource, RowsSource
 from fptq.models.loading import FloatModel
 from fptq.quantize.equalize import equalize_
+from fptq.quantize.observe import Wanted
 from fptq.quantize.policy import decide
 from fptq.quantize.walk import CalibrationWalk
 from fptq.recipe import Recipe
@@ -32,7 +33,9 @@ def tolerance(model: nn.Module) -> float:
     return 100 * 50 * unit
 
 
-def equalized_logits(folder: Path, tmp_path: Path, spoil: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, FloatModel]:
+def equalized_logits(
+    folder: Path, tmp_path: Path, spoil: float = 1.0, recipe: Recipe = EQUALIZE_EVERYTHING
+) -> tuple[torch.Tensor, torch.Tensor, FloatModel]:
     """Return the logits of the original and of the equalized float64 model.
 
     `spoil` multiplies one channel of the first group's scale where it goes into the weights' columns only.
@@ -43,12 +46,13 @@ def equalized_logits(folder: Path, tmp_path: Path, spoil: float = 1.0) -> tuple[
     with torch.no_grad():
         original = model(ids).logits
     source = FloatModel.open(str(folder))
-    walk = CalibrationWalk(source, ids.numpy(), torch.float64, tmp_path)
+    walk = CalibrationWalk(source, ids.numpy(), torch.float64, tmp_path, Wanted.of([recipe], ids.numel()))
     walk.begin(fresh=True)
     for index in range(len(source.blocks)):
         with source.loaded_block(index, torch.float64) as block:
             statistics = walk.observe(index, block, lambda: None)
-            plan = decide(source.groups, statistics, EQUALIZE_EVERYTHING, source.block_name(index))
+            weights = {name: block.get_submodule(name).weight for group in source.groups for name in group.layers}
+            plan = decide(source.groups, statistics, recipe, source.block_name(index), weights)
             equalize_(block, source.groups, plan.scales, statistics)
             if spoil != 1.0 and index == 0:
                 first = next(g for g in source.groups if g.layers[0] in plan.scales)
@@ -67,6 +71,15 @@ def relative_error(original: torch.Tensor, equalized: torch.Tensor) -> float:
 def test_equalization_is_exact(variant: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", variant)
     original, equalized, source = equalized_logits(folder, tmp_path)
+    assert relative_error(original, equalized) <= tolerance(source.model)
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "awq"])
+@pytest.mark.parametrize("variant", ["llama-bias-untied", "gemma3", "phi3", "bloom", "falcon-40b"])
+def test_scales_of_other_methods_are_fused_as_exactly(variant: str, method: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", variant)
+    recipe = Recipe(method, equalization=method, alpha=0.5, fuse_into_linear=True, group_size=32)
+    original, equalized, source = equalized_logits(folder, tmp_path, recipe=recipe)
     assert relative_error(original, equalized) <= tolerance(source.model)
 
 

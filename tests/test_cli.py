@@ -10,7 +10,7 @@ import pytest
 
 from fptq.cli import main
 from fptq.integrations import torch_ops
-from fptq.recipe import RECIPES
+from fptq.recipe import PRESETS
 from fptq.runtime import kernels
 from fptq.runtime.engine import Engine
 from fptq.runtime.kernels import Kernels, choose_target, cpu_name
@@ -123,7 +123,7 @@ def test_evaluate_and_generate(
         (["generate", "{checkpoint}", "w1", "--max-new-tokens", "0"], "max_new_tokens 0"),
         (["inspect", "{checkpoint}", "--v0", "3"], "already decided; --v0"),
         (["inspect", "{checkpoint}", "--lm-head", "int8"], "already decided; --lm-head"),
-        (["inspect", "{model}", "--recipe", "rtn-w4a16", "--v1", "9"], "takes no --v0"),
+        (["inspect", "{model}", "--recipe", "rtn-w4a16", "--v0", "9"], "--v0 changes nothing with recipe rtn-w4a16"),
         (["generate", "{checkpoint}", "w1", "--top-p", "0.5"], "top_p 0.5: needed a temperature"),
         (["generate", "{tmp}", "w1"], "not a finished checkpoint folder"),
         (["generate", "{checkpoint}", "w1", "--threads", "0"], "0 threads"),
@@ -163,7 +163,7 @@ def test_help_names_every_recipe_and_default(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["quantize", "--help"])
     shown = capsys.readouterr().out
-    for words in (*RECIPES, "default: 128", "default: 512", "default: 15", "pile", "example"):
+    for words in (*PRESETS, "fptq: 128", "default: 512", "fptq: 15", "pile", "example"):
         assert words in shown
 
 

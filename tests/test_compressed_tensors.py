@@ -53,7 +53,7 @@ thousand times the tolerance.
 
 ALL_STATIC = Recipe("all static", v1=1e30, fuse_into_linear=True)
 MIXED = Recipe("mixed", skip=("model.layers.0.self_attn.o_proj",))
-WEIGHT_ONLY = Recipe("weights", quantize_activations=False)
+WEIGHT_ONLY = Recipe("weights", activations="float", equalization="none", kv_cache="float")
 SKIPPED = "model.layers.0.self_attn.o_proj"
 
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from fptq.errors import QuantizationError
 from fptq.models.architectures import InputGroup, NormSource, RowsSource
-from fptq.quantize.equalize import group_scale, lae_range, lae_scale
+from fptq.quantize.equalize import equalization_scale, lae_scale, range_after
 from fptq.quantize.observe import BlockStatistics, InputStatistics
 from fptq.quantize.policy import choose_group_size, decide, decide_head
 from fptq.recipe import Activation, LayerPlan, Recipe, Role, get_recipe
@@ -16,10 +17,24 @@ FC2 = InputGroup(Role.FC2, ("down",), RowsSource("up", np.arange(64)))
 UNFUSABLE = InputGroup(Role.FC2, ("fc2",), None, "gelu isn't homogeneous")
 
 
+def seen_of(channel_max: np.ndarray) -> InputStatistics:
+    return InputStatistics(
+        channel_max,
+        -channel_max,
+        channel_max,
+        channel_max.astype(np.float64),
+        tokens=2,
+        gram=torch.eye(len(channel_max)),
+        tensor_percentile=0.5,
+        channel_percentile=0.9 * channel_max,
+    )
+
+
 def plan(group: InputGroup, v: float, recipe: Recipe | None = None) -> LayerPlan:
     channel_max = np.linspace(0.1, 1, 64).astype(np.float32) * np.float32(v)
-    statistics = BlockStatistics({group.layers[0]: InputStatistics(channel_max, -v, v)})
-    layers = decide([group], statistics, recipe or get_recipe("fptq"), "model.layers.0").layers
+    statistics = BlockStatistics({group.layers[0]: seen_of(channel_max)})
+    weights = {name: torch.ones(4, 64) for name in group.layers}
+    layers = decide([group], statistics, recipe or get_recipe("fptq"), "model.layers.0", weights).layers
     assert len({layer.reason for layer in layers.values()}) == 1  # decided once for all that share the input
     return layers[group.layers[0]]
 
@@ -74,8 +89,8 @@ def test_a_role_can_be_dynamic_whatever_its_range() -> None:
 
 
 def test_skip_keeps_a_layer_out_of_the_plan() -> None:
-    statistics = BlockStatistics({"q": InputStatistics(np.ones(64, np.float32), -1, 1)})
-    decided = decide([NORM], statistics, get_recipe("fptq", skip=("*.3.q",)), "model.layers.3")
+    statistics = BlockStatistics({"q": seen_of(np.ones(64, np.float32))})
+    decided = decide([NORM], statistics, get_recipe("fptq", skip=("*.3.q",)), "model.layers.3", {})
     assert set(decided.layers) == {"k"}
 
 
@@ -83,7 +98,7 @@ def test_lae_maps_each_maximum_to_its_logarithm() -> None:
     m = np.array([0.01, 1.0, 30.0, 149.0], np.float32)
     np.testing.assert_allclose(m / lae_scale(m), np.log2(2 + m), rtol=1e-6)
     np.testing.assert_allclose(m / lae_scale(m, alpha=0.5), np.sqrt(np.log2(2 + m)), rtol=1e-6)
-    assert lae_range(m, lae_scale(m)) == pytest.approx(np.log2(151), rel=1e-6)
+    assert range_after(m, lae_scale(m)) == pytest.approx(np.log2(151), rel=1e-6)
 
 
 def test_silent_channels_are_left_alone() -> None:
@@ -92,7 +107,9 @@ def test_silent_channels_are_left_alone() -> None:
 
 def test_channels_of_one_row_share_the_largest_scale() -> None:
     source = RowsSource("v", np.array([0, 1, 0, 1]))
-    scale = group_scale(np.array([1.0, 2.0, 8.0, 0.5], np.float32), source, 1.0)
+    group = InputGroup(Role.DENSE, ("o",), source)
+    seen = seen_of(np.array([1.0, 2.0, 8.0, 0.5], np.float32))
+    scale = equalization_scale(group, seen, get_recipe("fptq"), {}, {})
     np.testing.assert_allclose(scale, lae_scale(np.array([8.0, 2.0, 8.0, 2.0], np.float32)))
 
 
@@ -120,7 +137,12 @@ def test_nan_range_is_refused() -> None:
     [
         {"v0": -1},
         {"v0": 200},
-        {"group_size": 0},
+        {"group_size": 4},
+        {"weight_bits": 3},
+        {"equalization": "quick"},
+        {"outliers": "clip"},
+        {"percentile": 10},
+        {"low_rank": -1},
         {"group_size": 12},
         {"alpha": 0},
         {"alpha": float("nan")},

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import fptq
 from fptq.checkpoint import RECORD_FILE, Checkpoint
 from fptq.errors import FPTQError, MissingDependencyError, OutputError
-from fptq.recipe import LM_HEADS, RECIPES, Recipe, Role, get_recipe
+from fptq.recipe import CHOICES, PRESETS, Recipe, Role, get_recipe
 
 if TYPE_CHECKING:
     from fptq.runtime.engine import Engine
@@ -86,24 +86,31 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 def _add_recipe_options(command: argparse.ArgumentParser) -> None:
-    recipe = command.add_argument_group("recipe")
+    recipe = command.add_argument_group("recipe", "What isn't given is as the recipe has it.")
     add = recipe.add_argument
     usual = get_recipe("fptq")
-    add("--recipe", default="fptq", choices=list(RECIPES), help="quantization method")
-    add("--group-size", type=int, help=f"input channels per weight scale (default: {usual.group_size})")
-    add("--v0", type=float, help=f"up to this activation range: static per-tensor (default: {usual.v0:g})")
-    add("--v1", type=float, help=f"from this activation range on: dynamic per-token (default: {usual.v1:g})")
-    add("--alpha", type=float, help=f"exponent of LAE's logarithm, Eq. 5 (default: {usual.alpha:g})")
+    add("--recipe", default="fptq", choices=list(PRESETS), metavar="NAME", help="quantization method, see above")
+    size = f"input channels per weight scale, 0 for one scale a row (fptq: {usual.group_size})"
+    add("--group-size", type=int, metavar="N", help=size)
+    add("--weight-bits", type=int, choices=[4, 8], help="4, or 8 with one scale a row")
+    add("--v0", type=float, help=f"up to this activation range: static per-tensor (fptq: {usual.v0:g})")
+    add("--v1", type=float, help=f"from this activation range on: dynamic per-token (fptq: {usual.v1:g})")
+    alpha = f"exponent of LAE's logarithm, Eq. 5 (fptq: {usual.alpha:g}), or SmoothQuant's migration strength (0.5)"
+    add("--alpha", type=float, help=alpha)
+    for name, what in {
+        "equalization": "scales that divide input channels and multiply weights",
+        "activations": "how inputs are quantized; table2 is FPTQ's policy of three ranges",
+        "rounding": "of weights",
+        "kv-cache": "static int8, or float",
+        "lm-head": "output head: every token reads all of it, in a small model half of all bytes and more; int8 (a "
+        "scale for each row) halves that; an embedding that shares the head's weight becomes the same codes",
+    }.items():
+        add(f"--{name}", choices=CHOICES[name.replace("-", "_")], help=what)
     roles = [role.value for role in Role]
     dynamic = "quantize such inputs dynamically per token whatever their range; may be repeated"
     add("--dynamic", action="append", default=[], choices=roles, help=dynamic)
     skip = "keep linear layers whose name matches in float, as '*.down_proj'; may be repeated"
     add("--skip", action="append", default=[], metavar="PATTERN", help=skip)
-    head = (
-        "output head: every token reads all of it, in a small model half of all bytes and more; int8 (a scale for each "
-        "row) halves that; an embedding that shares the head's weight becomes the same codes"
-    )
-    add("--lm-head", default=usual.lm_head, choices=list(LM_HEADS), help=head)
 
 
 def _add_calibration_options(command: argparse.ArgumentParser, source: str, samples: int) -> None:
@@ -121,7 +128,7 @@ def _add_calibration_options(command: argparse.ArgumentParser, source: str, samp
 
 
 def _add_quantize(commands: Any) -> None:
-    recipes = "\n".join(f"  {name:<11}{summary}" for name, (_, summary) in RECIPES.items())
+    recipes = "\n".join(f"  {name:<24}{preset.summary}" for name, preset in PRESETS.items())
     details = """
         It works in the memory of one decoder block. Give the same command again to go on
         after an interruption; the result is the same to the bit.
@@ -524,14 +531,29 @@ def _is_checkpoint(folder: Path) -> bool:
         return False
 
 
+_RECIPE_OPTIONS = (
+    "group_size",
+    "weight_bits",
+    "v0",
+    "v1",
+    "alpha",
+    "equalization",
+    "activations",
+    "rounding",
+    "kv_cache",
+    "lm_head",
+    "dynamic",
+    "skip",
+)
+
+
 def _recipe(options: argparse.Namespace) -> Recipe:
-    names = ("group_size", "v0", "v1", "alpha", "dynamic", "skip", "lm_head")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) not in (None, [])}
-    if not get_recipe(options.recipe).quantize_activations and given.keys() - {"group_size", "skip", "lm_head"}:
-        raise FPTQError(
-            f"recipe {options.recipe} leaves activations in float: it takes no --v0, --v1, --alpha, --dynamic"
-        )
-    return get_recipe(options.recipe, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    given = {name: getattr(options, name) for name in _RECIPE_OPTIONS if getattr(options, name) not in (None, [])}
+    recipe = get_recipe(options.recipe, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    idle = sorted(given.keys() & set(recipe.idle_fields()))
+    if idle:
+        raise FPTQError(f"--{idle[0].replace('_', '-')} changes nothing with recipe {options.recipe} as it is")
+    return recipe
 
 
 def _calibration(options: argparse.Namespace) -> Any:

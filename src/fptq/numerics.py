@@ -21,6 +21,11 @@ Array = Any  # numpy.ndarray or torch.Tensor: the functions return what they are
 WEIGHT_BITS = 4
 HEAD_BITS = 8
 ACTIVATION_BITS = 8
+FP8_MAX = 448.0
+"""The largest number of FP8 E4M3 (without infinities): 1.75 · 2^8."""
+
+OUTLIER_THRESHOLD = 6.0
+"""A column with a value of at least this magnitude stays in float (LLM.int8(), section 3.2)."""
 
 
 def integer_range(bits: int) -> tuple[int, int]:
@@ -77,8 +82,16 @@ def quantize_weight(weight: Array, group_size: int, bits: int = WEIGHT_BITS) -> 
     n, k = weight.shape
     grouped = xp.reshape(weight, (n, k // group_size, group_size))
     scale = scale_from_absmax(xp.max(xp.abs(grouped), axis=-1), bits)
+    return quantize_weight_with(weight, scale, bits), scale
+
+
+def quantize_weight_with(weight: Array, scale: Array, bits: int = WEIGHT_BITS) -> Array:
+    """Return the int8 codes [n, k] of a weight matrix for given scales [n, G]."""
+    xp = array_api_compat.array_namespace(weight)
+    n, k = weight.shape
+    grouped = xp.reshape(weight, (n, scale.shape[1], k // scale.shape[1]))
     codes = xp.astype(quantize(grouped, scale[..., None], bits), xp.int8)
-    return xp.reshape(codes, (n, k)), scale
+    return xp.reshape(codes, (n, k))
 
 
 def dequantize_weight(codes: Array, scale: Array) -> Array:
@@ -98,6 +111,54 @@ def quantize_dynamic(x: Array) -> tuple[Array, Array]:
     scale = xp.max(xp.abs(x), axis=-1, keepdims=True) / float(integer_range(ACTIVATION_BITS)[1])
     scale = xp.where(scale > 0, scale, xp.ones_like(scale))
     return quantize(x, scale, ACTIVATION_BITS), scale
+
+
+def round_to_fp8(x: Array) -> Array:
+    """Return `x` rounded to the nearest number of FP8 E4M3, ties to even, saturated at FP8_MAX.
+
+    Three bits follow the leading one down to 2^-6, below lie multiples of 2^-9.
+    """
+    xp = array_api_compat.array_namespace(x)
+    x = xp.clip(x, -FP8_MAX, FP8_MAX)
+    exponent = xp.floor(xp.log2(xp.clip(xp.abs(x), 2.0**-6, FP8_MAX)))
+    step = 2.0 ** (exponent - 3)
+    return xp.round(x / step) * step
+
+
+def simulate(
+    x: Array, activation: Activation, input_scale: Array | float | None = None, zero_point: Array | None = None
+) -> Array:
+    """Return `x` [..., tokens, k] as its scheme would hold it, in float: quantized and dequantized.
+
+    Args:
+        x: the input, with all tokens of a text that OUTLIERS and CHANNELS look at together.
+        activation: the scheme.
+        input_scale: the step size of STATIC; the step of each channel [k] of CLUSTERS.
+        zero_point: the code of zero for each channel [k] of CLUSTERS.
+    """
+    xp = array_api_compat.array_namespace(x)
+    if activation is Activation.STATIC:
+        return quantize(x, input_scale, ACTIVATION_BITS) * input_scale
+    if activation is Activation.DYNAMIC:
+        codes, scale = quantize_dynamic(x)
+        return codes * scale
+    if activation is Activation.FP8:
+        scale = xp.max(xp.abs(x), axis=-1, keepdims=True) / FP8_MAX
+        scale = xp.where(scale > 0, scale, xp.ones_like(scale))
+        return round_to_fp8(x / scale) * scale
+    if activation is Activation.OUTLIERS:
+        outlier = xp.max(xp.abs(x), axis=-2, keepdims=True) >= OUTLIER_THRESHOLD
+        codes, scale = quantize_dynamic(xp.where(outlier, xp.zeros_like(x), x))
+        return xp.where(outlier, x, codes * scale)
+    if activation is Activation.CHANNELS:
+        scale = xp.max(xp.abs(x), axis=-2, keepdims=True) / float(integer_range(ACTIVATION_BITS)[1])
+        scale = xp.where(scale > 0, scale, xp.ones_like(scale))
+        return quantize(x, scale, ACTIVATION_BITS) * scale
+    if activation is Activation.CLUSTERS:
+        lowest, highest = integer_range(ACTIVATION_BITS)
+        codes = xp.clip(xp.round(x / input_scale) + zero_point, float(lowest), float(highest))
+        return (codes - zero_point) * input_scale
+    return x
 
 
 def group_codes(codes: Array, group_size: int) -> Array:

@@ -14,11 +14,20 @@ from fptq.errors import QuantizationError
 
 
 class Activation(str, Enum):
-    """How a layer's input is quantized (Table 2 of the paper)."""
+    """How a layer's input is quantized."""
 
     NONE = "none"  # stays in float: weight-only quantization
-    STATIC = "static per-tensor"  # one scale, from calibration
-    DYNAMIC = "dynamic per-token"  # a scale for each row, computed at run time
+    STATIC = "static per-tensor"  # one int8 scale, from calibration
+    DYNAMIC = "dynamic per-token"  # an int8 scale for each row, computed at run time
+    FP8 = "fp8 per-token"  # E4M3 with a scale for each row, computed at run time
+    OUTLIERS = "dynamic per-token, outlier columns in float"  # LLM.int8()
+    CLUSTERS = "static per-cluster"  # asymmetric int8, a scale and a zero point for each cluster of channels (RPTQ)
+    CHANNELS = "dynamic per-channel"  # an int8 scale for each column, computed at run time over the tokens of a text
+
+    @property
+    def runs_in_int8(self) -> bool:
+        """Whether a product is one of integers: the scheme that kernels run. Others are simulated in float."""
+        return self in (Activation.STATIC, Activation.DYNAMIC)
 
 
 class Role(str, Enum):
@@ -33,83 +42,349 @@ class Role(str, Enum):
 LM_HEADS = ("float", "int8")
 """How the output head can be stored."""
 
+CHOICES = {
+    "equalization": ("lae", "smoothquant", "awq", "none"),
+    "activations": ("table2", "static", "dynamic", "float", "fp8", "outliers", "clusters", "channels"),
+    "outliers": ("none", "clip", "winsorize", "channels"),
+    "rounding": ("nearest", "gptq"),
+    "clipping": ("none", "learned"),
+    "kv_cache": ("int8", "float"),
+    "lm_head": LM_HEADS,
+}
+"""The values of the fields of `Recipe` that are a choice."""
+
+PER_CHANNEL = 0
+"""The group size that means one weight scale for each output channel."""
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """A quantization method, described as data.
+    """A quantization method, described as data: what is equalized, how inputs and weights are quantized and rounded.
 
     Attributes:
         name: what reports call it.
-        group_size: input channels that share a weight scale. Where it doesn't divide a layer's in_features, the
-            largest of 64 and 32 that does is taken.
-        quantize_activations: False for weight-only recipes: activations and KV cache stay in float.
+        weight_bits: 4, or 8 with one scale for each output channel.
+        group_size: input channels that share a weight scale, PER_CHANNEL for one scale a row. Where it doesn't divide a
+            layer's in_features, the largest of 64 and 32 that does is taken.
+        activations: how inputs are quantized. "table2" is FPTQ's policy of three ranges (static up to v1, dynamic
+            above); "static" and "dynamic" treat all alike, "float" none; "fp8", "outliers" (LLM.int8()), "clusters"
+            (RPTQ) and "channels" are the schemes of `Activation` that are simulated.
         v0: largest activation range max|x| that is quantized statically as it is (Table 2).
         v1: smallest activation range that is quantized dynamically per token (Table 2).
-        alpha: exponent of the generalized logarithmic activation equalization (Eq. 5); 1 is Eq. 1.
-        fuse_into_linear: also equalize where the scale fuses into the rows of a linear layer (attention output into
-            v_proj, down_proj into up_proj, FC2 into FC1 through ReLU). The paper fuses into norms only.
         dynamic: roles whose inputs are quantized dynamically per token whatever their range. ("fc2",) is the paper's
             Figure 4, which shows every FC2 as dynamic, where Algorithm 1 has those up to v0 static.
+        equalization: which scales divide the channels of an input and multiply the weights: "lae" those of Eq. 1, for
+            ranges between v0 and v1; "smoothquant" max|x|^alpha / max|w|^(1 - alpha), and "awq" mean|x|^ratio with the
+            ratio of least output error, for every input whose scale can be fused.
+        alpha: exponent of LAE's logarithm (Eq. 5; 1 is Eq. 1), or SmoothQuant's migration strength.
+        fuse_into_linear: also equalize where the scale fuses into the rows of a linear layer (attention output into
+            v_proj, down_proj into up_proj, FC2 into FC1 through ReLU). The paper fuses into norms only.
+        outliers: what is done to inputs between v0 and v1 in place of equalization: "clip" takes the static scale from
+            a percentile of the tensor's |x|, "winsorize" from the largest of its channels' percentiles, "channels"
+            gives each channel a scale at run time.
+        percentile: of "clip" and "winsorize".
+        clusters: number of channel clusters of an input (RPTQ).
+        rounding: "nearest", or "gptq", which lets later input channels make up for the error of earlier ones.
+        clipping: "learned" finds, by gradient descent on the output error, how far each weight scale shrinks (LWC).
+        low_rank: rank of the float correction that is added to the weights (ZeroQuant-V2's LoRC).
+        propagate_error: a block is calibrated on the outputs of the quantized blocks before it, not of the float ones.
+        int8_roles: roles whose weights get 8 bits.
+        training_steps: steps of quantization-aware training, on text that the model generates, before all else
+            (LLM-QAT).
+        kv_cache: "int8" with static scales, or "float".
         skip: shell patterns; linear layers whose full name matches one stay in float.
         lm_head: "int8" for an output head of int8 codes with a scale a row; an embedding that shares the head's weight
             is the same codes. "float" leaves both as they are, as the paper does.
     """
 
     name: str
+    weight_bits: int = 4
     group_size: int = 128
-    quantize_activations: bool = True
+    activations: str = "table2"
     v0: float = 15.0
     v1: float = 150.0
+    dynamic: tuple[str, ...] = ()
+    equalization: str = "lae"
     alpha: float = 1.0
     fuse_into_linear: bool = False
-    dynamic: tuple[str, ...] = ()
+    outliers: str = "none"
+    percentile: float = 99.9
+    clusters: int = 32
+    rounding: str = "nearest"
+    clipping: str = "none"
+    low_rank: int = 0
+    propagate_error: bool = False
+    int8_roles: tuple[str, ...] = ()
+    training_steps: int = 0
+    kv_cache: str = "int8"
     skip: tuple[str, ...] = ()
     lm_head: str = "float"
 
     def __post_init__(self) -> None:
-        if not 8 <= self.group_size <= 4096 or self.group_size % 8:
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise QuantizationError(f"{field} '{getattr(self, field)}': needed {', '.join(allowed)}")
+        if self.weight_bits not in (4, 8):
+            raise QuantizationError(f"weights of {self.weight_bits} bits: needed 4 or 8")
+        if self.group_size != PER_CHANNEL and (not 8 <= self.group_size <= 4096 or self.group_size % 8):
             raise QuantizationError(
                 f"group size {self.group_size} is no multiple of 8 from 8 to 4096; use 128, 64 or 32"
             )
         if not 0 <= self.v0 <= self.v1 < float("inf"):
             raise QuantizationError(f"thresholds v0 = {self.v0}, v1 = {self.v1}: needed finite 0 <= v0 <= v1")
-        unknown = set(self.dynamic) - {role.value for role in Role}
+        unknown = {*self.dynamic, *self.int8_roles} - {role.value for role in Role}
         if unknown:
             raise QuantizationError(f"no role {sorted(unknown)}; there are: {', '.join(role.value for role in Role)}")
-        if not 0 < self.alpha <= 4:
-            raise QuantizationError(f"alpha = {self.alpha}: needed a number above 0 and at most 4")
-        if self.lm_head not in LM_HEADS:
-            raise QuantizationError(f"lm_head '{self.lm_head}': needed {' or '.join(LM_HEADS)}")
+        highest = 1 if self.equalization == "smoothquant" else 4
+        if not 0 < self.alpha <= highest:
+            raise QuantizationError(f"alpha = {self.alpha}: needed a number above 0 and at most {highest}")
+        if not 50 <= self.percentile <= 100:
+            raise QuantizationError(f"percentile {self.percentile}: needed 50 to 100")
+        if self.clusters < 1 or self.low_rank < 0 or self.training_steps < 0:
+            raise QuantizationError(
+                f"clusters {self.clusters}, low_rank {self.low_rank}, training_steps {self.training_steps}: needed at "
+                "least 1, 0 and 0"
+            )
+        if self.outliers != "none" and self.equalization != "none":
+            raise QuantizationError(
+                f"outliers '{self.outliers}' take the place of equalization, which is '{self.equalization}'"
+            )
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether inputs of linear layers are quantized; otherwise the recipe is weight-only."""
+        return self.activations != "float"
+
+    def idle_fields(self) -> list[str]:
+        """Return the fields whose value makes no difference beside the others."""
+        idle = []
+        thresholds = self.activations == "table2" or self.equalization == "lae"
+        if not thresholds:
+            idle += ["v0", "v1"]
+        if self.equalization not in ("lae", "smoothquant"):
+            idle.append("alpha")
+        if self.equalization == "none":
+            idle.append("fuse_into_linear")
+        if self.activations not in ("table2", "static"):
+            idle.append("dynamic")
+        if self.outliers not in ("clip", "winsorize"):
+            idle.append("percentile")
+        if self.activations != "clusters":
+            idle.append("clusters")
+        if self.weight_bits == 8:
+            idle += ["group_size", "int8_roles"]
+        return idle
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether statistics of the float model, as it is, are all that the method calibrates on."""
+        return not self.propagate_error and not self.training_steps
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the method weighs weight errors by the inputs' Gram matrix."""
+        return self.rounding == "gptq" or self.clipping == "learned" or self.equalization == "awq"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON-ready values."""
-        return {**asdict(self), "dynamic": list(self.dynamic), "skip": list(self.skip)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """Return the recipe that `to_dict` wrote."""
-        return cls(**{**values, "dynamic": tuple(values["dynamic"]), "skip": tuple(values["skip"])})
+        tuples: dict[str, Any] = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **tuples})
 
 
-RECIPES: dict[str, tuple[Recipe, str]] = {
-    "fptq": (
-        Recipe("fptq"),
-        "the paper: LAE fused into norms, static per-tensor up to v1, dynamic per-token above; int8 KV cache",
-    ),
-    "fptq-figure4": (
-        Recipe("fptq-figure4", dynamic=(Role.FC2.value,)),
-        "fptq with every FC2/down_proj input dynamic, as Figure 4 of the paper has it, also below v0",
-    ),
-    "fptq-wide": (
-        Recipe("fptq-wide", fuse_into_linear=True),
-        "fptq, and LAE also for o_proj and down_proj inputs, fused into v_proj's and up_proj's rows",
-    ),
-    "rtn-w4a16": (
-        Recipe("rtn-w4a16", quantize_activations=False),
-        "int4 weights only, rounded to nearest; activations and KV cache in float (for comparison)",
-    ),
-}
-"""The presets by name, each with the line that `fptq quantize --help` prints."""
+@dataclass(frozen=True)
+class Preset:
+    """A recipe with a name: the line that `fptq quantize --help` prints, and the paper that it comes from."""
+
+    recipe: Recipe
+    summary: str
+    source: str
+
+
+def _presets() -> dict[str, Preset]:
+    fptq, fc2 = "FPTQ, arXiv 2308.15987", (Role.FC2.value,)
+    smoothquant, gptq, nearest = "SmoothQuant, arXiv 2211.10438", "GPTQ, arXiv 2210.17323", "round to nearest"
+    question = "an open question to FPTQ, arXiv 2308.15987"
+    plain = Recipe("", activations="dynamic", equalization="none")
+    weights = replace(plain, activations="float", kv_cache="float")
+    smooth = replace(plain, equalization="smoothquant", alpha=0.5)
+    presets: dict[str, Preset] = {}
+
+    def add(name: str, recipe: Recipe, summary: str, source: str, **changes: Any) -> None:
+        presets[name] = Preset(replace(recipe, name=name, **changes), summary, source)
+
+    usual = Recipe("fptq")
+    add("fptq", usual, "the paper: LAE fused into norms, static up to v1, dynamic per token above; int8 KV cache", fptq)
+    add(
+        "fptq-figure4",
+        usual,
+        "fptq with every FC2/down_proj input dynamic, also below v0 (Figure 4)",
+        fptq,
+        dynamic=fc2,
+    )
+    add(
+        "fptq-wide",
+        usual,
+        "fptq, and LAE also for o_proj and down_proj, fused into v_proj and up_proj",
+        fptq,
+        fuse_into_linear=True,
+    )
+    add(
+        "fptq-gptq", usual, "fptq with weights rounded by GPTQ after LAE (the paper's FPTQ_GPTQ)", fptq, rounding="gptq"
+    )
+
+    add("rtn-w4a16", weights, "int4 weights in groups, rounded to nearest; all else in float", nearest)
+    add("rtn-w4a16-channel", weights, "the same with one weight scale a channel", nearest, group_size=PER_CHANNEL)
+    add("rtn-w4a8", plain, "int4 weights in groups, int8 activations per token", nearest)
+    add("rtn-w4a8-channel", plain, "the same with one weight scale a channel", nearest, group_size=PER_CHANNEL)
+    add(
+        "rtn-w8a8",
+        plain,
+        "int8 weights per channel, int8 activations per token",
+        nearest,
+        weight_bits=8,
+        group_size=PER_CHANNEL,
+    )
+
+    add(
+        "smoothquant-w8a8",
+        smooth,
+        "SmoothQuant, int8 weights per channel, int8 activations per token",
+        smoothquant,
+        weight_bits=8,
+        group_size=PER_CHANNEL,
+    )
+    add(
+        "smoothquant-w8a8-static",
+        smooth,
+        "the same with activations static per tensor",
+        smoothquant,
+        weight_bits=8,
+        group_size=PER_CHANNEL,
+        activations="static",
+    )
+    add(
+        "smoothquant-w4a8",
+        smooth,
+        "SmoothQuant, int4 weights per channel, int8 activations per token (SQ + ptk)",
+        smoothquant,
+        group_size=PER_CHANNEL,
+    )
+    add(
+        "smoothquant-w4a8-static",
+        smooth,
+        "the same with activations static per tensor (SQ + pts)",
+        smoothquant,
+        group_size=PER_CHANNEL,
+        activations="static",
+    )
+    add(
+        "smoothquant-w4a8-group",
+        smooth,
+        "SmoothQuant, int4 weights in groups, static but FC2 per token (SQ + fg + FC2 ptk)",
+        smoothquant,
+        activations="static",
+        dynamic=fc2,
+    )
+
+    add(
+        "gptq-w4a16",
+        weights,
+        "GPTQ, int4 weights in groups; all else in float",
+        gptq,
+        rounding="gptq",
+        propagate_error=True,
+    )
+    add(
+        "awq-w4a16",
+        weights,
+        "AWQ, int4 weights in groups, scales by grid search; all else in float",
+        "AWQ, arXiv 2306.00978",
+        equalization="awq",
+        fuse_into_linear=True,
+    )
+    add(
+        "zeroquant",
+        plain,
+        "int4 weights in groups (attention's int8), int8 activations per token",
+        "ZeroQuant, arXiv 2206.01861",
+        int8_roles=("qkv", "dense"),
+    )
+    add(
+        "zeroquant-v2",
+        plain,
+        "int4 weights in groups with a float correction of rank 8, int8 activations per token",
+        "ZeroQuant-V2, arXiv 2303.08302",
+        low_rank=8,
+    )
+    add(
+        "llm-int8",
+        plain,
+        "int8 weights per channel, activations per token but outlier columns in float",
+        "LLM.int8(), arXiv 2208.07339",
+        weight_bits=8,
+        group_size=PER_CHANNEL,
+        activations="outliers",
+        kv_cache="float",
+    )
+    add(
+        "rptq",
+        plain,
+        "GPTQ, int4 weights per channel, activations static for clusters of reordered channels",
+        "RPTQ, arXiv 2304.01089",
+        group_size=PER_CHANNEL,
+        activations="clusters",
+        rounding="gptq",
+    )
+    add(
+        "zeroquant-fp",
+        plain,
+        "GPTQ, int4 weights in groups, FP8 activations per token",
+        "ZeroQuant-FP, arXiv 2307.09782",
+        activations="fp8",
+        rounding="gptq",
+        kv_cache="float",
+    )
+    add(
+        "odyssey",
+        plain,
+        "learned clipping and GPTQ, int4 weights per channel, int8 activations per token",
+        "OdysseyLLM, arXiv 2311.09550",
+        group_size=PER_CHANNEL,
+        clipping="learned",
+        rounding="gptq",
+    )
+    add(
+        "llm-qat",
+        plain,
+        "quantization-aware training on generated text, int4 per channel, activations per token",
+        "LLM-QAT, arXiv 2305.17888",
+        group_size=PER_CHANNEL,
+        training_steps=100,
+    )
+
+    for outliers, summary in (
+        ("clip", "a static scale from a percentile of the tensor"),
+        ("winsorize", "a static scale from percentiles of the channels"),
+        ("channels", "a scale for each channel at run time"),
+    ):
+        add(
+            f"fptq-{outliers}",
+            usual,
+            f"fptq with {summary} in place of LAE",
+            question,
+            equalization="none",
+            outliers=outliers,
+        )
+    return presets
+
+
+PRESETS: dict[str, Preset] = _presets()
+"""The recipes that have a name."""
 
 
 def get_recipe(name: str, **changes: Any) -> Recipe:
@@ -118,9 +393,9 @@ def get_recipe(name: str, **changes: Any) -> Recipe:
     Raises:
         QuantizationError: there is no such preset, or a value is out of range.
     """
-    if name not in RECIPES:
-        raise QuantizationError(f"unknown recipe '{name}'; there are: {', '.join(RECIPES)}")
-    return replace(RECIPES[name][0], **changes)
+    if name not in PRESETS:
+        raise QuantizationError(f"unknown recipe '{name}'; there are: {', '.join(PRESETS)}")
+    return replace(PRESETS[name].recipe, **changes)
 
 
 @dataclass(frozen=True)
@@ -131,10 +406,11 @@ class LayerPlan:
         role: which of the paper's four columns its input belongs to.
         input: the layer under whose full name the input's statistics are kept, the first of those that share it.
         activation: how its input is quantized.
-        group_size: input channels that share a weight scale.
-        equalized_by: the op that LAE's scale was fused into, as the layer's block names it; None without LAE.
+        weight_bits: 4 or 8.
+        group_size: input channels that share a weight scale; in_features for one scale a row.
+        equalized_by: the op that the equalization scale was fused into, as the layer's block names it; None without.
         range_before: max|x| of the layer's input over the calibration data.
-        range_after: the same after equalization; equal to `range_before` without.
+        range_after: what a static scale covers: max|x| after equalization, or less where outliers are clipped.
         min_before: min x of the input over the calibration data.
         max_before: max x of the input over the calibration data.
         reason: why, in words, with the numbers compared.
@@ -143,6 +419,7 @@ class LayerPlan:
     role: Role
     input: str
     activation: Activation
+    weight_bits: int
     group_size: int
     equalized_by: str | None
     range_before: float

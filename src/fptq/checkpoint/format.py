@@ -21,9 +21,12 @@ INDEX_FILE = "model.safetensors.index.json"
 FORMAT_VERSION = 1
 MAX_SHARD_BYTES = 5_000_000_000
 
+INPUT_PARTS = ("input_scale", "input_zero_point", "low_rank_up", "low_rank_down")
+"""The last part of the names of the tensors that say how a layer's input is quantized and its weight corrected."""
+
 LINEAR_PARTS = {
-    4: ("weight_packed", "weight_scale", "weight_shape", "input_scale"),
-    8: ("weight", "weight_scale", "input_scale"),
+    4: ("weight_packed", "weight_scale", "weight_shape", *INPUT_PARTS),
+    8: ("weight", "weight_scale", *INPUT_PARTS),
 }
 """The last part of the name of each tensor that stores a quantized layer of so many bits, besides its bias."""
 
@@ -38,18 +41,31 @@ INT8_STATIC = {
     "group_size": None,
     "dynamic": False,
 }
-_WEIGHTS: dict[int, dict[str, Any]] = {
-    4: {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"},
-    8: {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
-}
+_WEIGHTS: dict[int, dict[str, Any]] = {bits: {"num_bits": bits, "type": "int", "symmetric": True} for bits in (4, 8)}
 _FORMATS = {4: "pack-quantized", 8: "int-quantized"}
 _MIXED = "mixed-precision"
+_STANDARD, SIMULATION = "compressed-tensors", "fptq-simulation"
+"""The `quant_method` of a checkpoint: the ecosystem's, or ours where that can't say what a method does."""
+
 _INT8_DYNAMIC = {**INT8_STATIC, "strategy": "token", "dynamic": True}
 _ACTIVATIONS: dict[Activation, dict[str, Any] | None] = {
     Activation.NONE: None,
     Activation.STATIC: INT8_STATIC,
     Activation.DYNAMIC: _INT8_DYNAMIC,
+    Activation.FP8: {**_INT8_DYNAMIC, "type": "float"},
+    Activation.OUTLIERS: {**_INT8_DYNAMIC, "strategy": "outlier-columns"},
+    Activation.CHANNELS: {**_INT8_DYNAMIC, "strategy": "channel"},
+    Activation.CLUSTERS: {**INT8_STATIC, "strategy": "channel-clusters", "symmetric": False},
 }
+_NOT_STANDARD = (Activation.OUTLIERS, Activation.CHANNELS, Activation.CLUSTERS)
+
+
+@dataclass(frozen=True)
+class ChannelSteps:
+    """Asymmetric static quantization of an input: a step size and the code of zero for each channel, float32 [k]."""
+
+    scale: np.ndarray
+    zero_point: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,8 @@ class QuantizedLinear:
         activation: how the layer's input is quantized.
         input_scale: the input's step size; None unless static.
         bits: of a code, 4 or 8.
+        channel_steps: the input's steps; None unless static per-cluster.
+        low_rank: float32 matrices [out_features, r] and [r, in_features] whose product is added to the weight, or None.
     """
 
     codes: np.ndarray
@@ -69,11 +87,18 @@ class QuantizedLinear:
     activation: Activation
     input_scale: float | None
     bits: int = numerics.WEIGHT_BITS
+    channel_steps: ChannelSteps | None = None
+    low_rank: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def group_size(self) -> int:
         """Input channels that share a weight scale."""
         return self.codes.shape[1] // self.scales.shape[1]
+
+    def weight(self) -> np.ndarray:
+        """Return what the codes stand for, float32 [out_features, in_features], with the low-rank correction."""
+        weight = numerics.dequantize_weight(self.codes, self.scales)
+        return weight if self.low_rank is None else weight + self.low_rank[0] @ self.low_rank[1]
 
 
 @dataclass(frozen=True)
@@ -89,14 +114,21 @@ class LayerScheme:
     """What `quantization_config` says of one layer.
 
     Attributes:
-        group_size: input channels that share a weight scale; None for one scale a row.
+        group_size: input channels that share a weight scale; None for one scale a row, as 8 bits always have it.
         activation: how the layer's input is quantized.
-        bits: of a weight: 4 in groups, 8 with one scale a row.
+        bits: of a weight, 4 or 8.
+        low_rank: rank of the float correction of the weight; 0 for none.
     """
 
     group_size: int | None
     activation: Activation
     bits: int = numerics.WEIGHT_BITS
+    low_rank: int = 0
+
+    @property
+    def standard(self) -> bool:
+        """Whether compressed-tensors can say it."""
+        return self.low_rank == 0 and self.activation not in _NOT_STANDARD
 
 
 def linear_tensors(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
@@ -109,6 +141,11 @@ def linear_tensors(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
         tensors[f"{name}.weight_shape"] = np.array(linear.codes.shape, np.int64)
     if linear.input_scale is not None:
         tensors[f"{name}.input_scale"] = np.array([linear.input_scale], ml_dtypes.bfloat16)
+    if linear.channel_steps is not None:
+        tensors[f"{name}.input_scale"] = linear.channel_steps.scale
+        tensors[f"{name}.input_zero_point"] = linear.channel_steps.zero_point
+    if linear.low_rank is not None:
+        tensors[f"{name}.low_rank_up"], tensors[f"{name}.low_rank_down"] = linear.low_rank
     return tensors
 
 
@@ -125,7 +162,8 @@ def quantization_config(
 ) -> dict[str, Any]:
     """Return the `quantization_config` of config.json for layers by full name.
 
-    A layer that has the same scheme in every block becomes one regular expression; others are listed by name.
+    A layer that has the same scheme in every block becomes one regular expression; others are listed by name. Schemes
+    that compressed-tensors has no words for make it a configuration of our own, which no other software takes for its.
     """
     by_scheme: dict[LayerScheme, list[str]] = {}
     for suffix, members in _by_suffix(layers, blocks).items():
@@ -138,16 +176,19 @@ def quantization_config(
                 by_scheme.setdefault(scheme, []).append(name)
     groups = {}
     for number, scheme in enumerate(sorted(by_scheme, key=lambda s: (s.bits, s.group_size or 0, s.activation))):
+        strategy = "channel" if scheme.group_size is None else "group"
+        shape = {"strategy": strategy, "group_size": scheme.group_size, "dynamic": False}
         groups[f"group_{number}"] = {
             "format": _FORMATS[scheme.bits],
             "targets": by_scheme[scheme],
-            "weights": {**_WEIGHTS[scheme.bits], "group_size": scheme.group_size, "dynamic": False},
+            "weights": {**_WEIGHTS[scheme.bits], **shape},
             "input_activations": _ACTIVATIONS[scheme.activation],
             "output_activations": None,
+            **({"low_rank": scheme.low_rank} if scheme.low_rank else {}),
         }
     formats = {group["format"] for group in groups.values()}
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": _STANDARD if all(scheme.standard for scheme in by_scheme) else SIMULATION,
         "format": formats.pop() if len(formats) == 1 else _MIXED,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
@@ -172,7 +213,7 @@ def read_schemes(values: dict[str, Any]) -> list[tuple[list[str], LayerScheme]]:
     Raises:
         CheckpointError: it describes something that fptq doesn't run.
     """
-    if values["quant_method"] != "compressed-tensors" or values["format"] not in (*_FORMATS.values(), _MIXED):
+    if values["quant_method"] not in (_STANDARD, SIMULATION) or values["format"] not in (*_FORMATS.values(), _MIXED):
         raise CheckpointError(
             f"quantization {values['quant_method']}, format {values['format']}; needed compressed-tensors, "
             f"{', '.join(_FORMATS.values())} or {_MIXED}"
@@ -183,23 +224,28 @@ def read_schemes(values: dict[str, Any]) -> list[tuple[list[str], LayerScheme]]:
 
 def _read_scheme(group: dict[str, Any]) -> LayerScheme:
     weights = group["weights"]
-    bits = weights["num_bits"]
-    if any(weights[key] != value for key, value in _WEIGHTS.get(bits, _WEIGHTS[4]).items()):
-        raise CheckpointError(f"weights {weights} are neither int4 in groups nor int8 by rows, symmetric")
+    bits, size = weights["num_bits"], weights["group_size"]
+    by_group = weights["strategy"] == "group" and bits == 4
+    if not (by_group or weights["strategy"] == "channel") or any(
+        weights[key] != value for key, value in _WEIGHTS.get(bits, _WEIGHTS[4]).items()
+    ):
+        raise CheckpointError(f"weights {weights} are neither int4 in groups or by rows nor int8 by rows, symmetric")
     if group["format"] != _FORMATS[bits]:
         raise CheckpointError(f"format {group['format']} of {bits}-bit weights: needed {_FORMATS[bits]}")
     if group.get("output_activations") is not None:
         raise CheckpointError("output_activations are quantized: fptq can't run that")
+    if by_group and (type(size) is not int or size < 1):
+        raise CheckpointError(f"weights: group_size {size!r} is no positive number")
+    low_rank = group.get("low_rank", 0)
+    if type(low_rank) is not int or low_rank < 0:
+        raise CheckpointError(f"low_rank {low_rank!r} is no number of at least 0")
     activations = group.get("input_activations")
     for kind, wanted in _ACTIVATIONS.items():
         if activations is wanted or (
             activations and wanted and all(activations.get(key) == value for key, value in wanted.items())
         ):
-            size = weights["group_size"]
-            if bits == 4 and (type(size) is not int or size < 1):
-                raise CheckpointError(f"weights: group_size {size!r} is no positive number")
-            return LayerScheme(size if bits == 4 else None, kind, bits)
-    raise CheckpointError(f"input_activations {activations} are neither static per-tensor nor dynamic per-token int8")
+            return LayerScheme(size if by_group else None, kind, bits, low_rank)
+    raise CheckpointError(f"input_activations {activations} are none that fptq knows; docs/checkpoint.md lists them")
 
 
 def matches(target: str, name: str) -> bool:

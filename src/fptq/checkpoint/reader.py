@@ -17,10 +17,13 @@ from fptq.checkpoint.format import (
     CACHE_PARTS,
     FORMAT_VERSION,
     INDEX_FILE,
+    INPUT_PARTS,
     INT8_STATIC,
     LINEAR_PARTS,
     RECORD_FILE,
+    SIMULATION,
     STATISTICS_FILE,
+    ChannelSteps,
     KVScales,
     LayerScheme,
     QuantizedLinear,
@@ -154,12 +157,7 @@ class Checkpoint:
             if scheme.bits == 4:
                 self._expect(f"{name}.weight_packed", (rows, columns // 8), "int32")
             self._expect(f"{name}.weight_scale", (rows, columns // size), None)
-            if scheme.activation is Activation.STATIC:
-                self._positive(f"{name}.input_scale")
-            elif f"{name}.input_scale" in self.tensors:
-                raise CheckpointError(
-                    f"{self.folder}: {name} has an input_scale, its scheme is {scheme.activation.value}"
-                )
+            self._check_input(name, scheme, rows, columns)
         for name in self.schemes:
             owner = self._codes_owner(name)
             if owner != name and self._scales(owner).tobytes() != self._scales(name).tobytes():
@@ -173,6 +171,24 @@ class Checkpoint:
             if not sound:
                 raise CheckpointError(f"{self.folder}: tensor '{tensor}' belongs to no quantized layer")
 
+    def _check_input(self, name: str, scheme: LayerScheme, rows: int, columns: int) -> None:
+        """Check that a layer has what its input's scheme and its correction need, and nothing else of that kind."""
+        wanted: dict[str, tuple[int, ...]] = {}
+        if scheme.activation is Activation.STATIC:
+            self._positive(f"{name}.input_scale")
+            wanted["input_scale"] = (1,)
+        elif scheme.activation is Activation.CLUSTERS:
+            wanted["input_scale"] = wanted["input_zero_point"] = (columns,)
+        if scheme.low_rank:
+            wanted |= {"low_rank_up": (rows, scheme.low_rank), "low_rank_down": (scheme.low_rank, columns)}
+        for kind in INPUT_PARTS:
+            if kind in wanted:
+                self._expect(f"{name}.{kind}", wanted[kind], None)
+            elif f"{name}.{kind}" in self.tensors:
+                raise CheckpointError(
+                    f"{self.folder}: tensor '{name}.{kind}' has no use: the scheme is {scheme.activation.value}"
+                )
+
     def _codes_owner(self, name: str) -> str:
         """Return the layer under whose name the codes of `name` are: a tied int8 head has those of the embedding."""
         if self.schemes[name].bits == 4 or f"{name}.weight" in self.tensors:
@@ -180,6 +196,11 @@ class Checkpoint:
         others = [o for o, scheme in self.schemes.items() if scheme.bits == 8 and o != name]
         tied = len(others) == 1 and self.schemes[others[0]].activation is Activation.NONE
         return others[0] if tied else name
+
+    @property
+    def simulated(self) -> bool:
+        """Whether a layer's scheme is one of our own, which is simulated in float: no other software reads it."""
+        return self.config["quantization_config"].get("quant_method") == SIMULATION
 
     @property
     def tied_head(self) -> bool:
@@ -243,9 +264,25 @@ class Checkpoint:
             codes = numerics.unpack_int4(self.read(f"{name}.weight_packed"))
         else:
             codes = self.read(f"{self._codes_owner(name)}.weight")
-        static = scheme.activation is Activation.STATIC
-        input_scale = float(self.read(f"{name}.input_scale")[0]) if static else None
-        return QuantizedLinear(codes, scales, scheme.activation, input_scale, scheme.bits)
+        input_scale, steps, low_rank = None, None, None
+        if scheme.activation is Activation.STATIC:
+            input_scale = float(self.read(f"{name}.input_scale")[0])
+        elif scheme.activation is Activation.CLUSTERS:
+            steps = ChannelSteps(*(self._floats(f"{name}.{kind}") for kind in ("input_scale", "input_zero_point")))
+        if scheme.low_rank:
+            low_rank = self._floats(f"{name}.low_rank_up"), self._floats(f"{name}.low_rank_down")
+        return QuantizedLinear(codes, scales, scheme.activation, input_scale, scheme.bits, steps, low_rank)
+
+    def _floats(self, tensor: str) -> np.ndarray:
+        """Return a tensor in float32.
+
+        Raises:
+            CheckpointError: it has values that are no numbers.
+        """
+        values = self.read(tensor).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{self.folder}: tensor '{tensor}' has values that are no numbers")
+        return values
 
     def _scales(self, name: str) -> np.ndarray:
         return self.read(f"{name}.weight_scale").astype(np.float32)

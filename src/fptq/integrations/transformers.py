@@ -9,12 +9,14 @@ Every product is computed from the very codes and scales of the file. The rest o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AutoConfig, Cache, GenerationConfig, TextStreamer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -25,17 +27,21 @@ from fptq.integrations.torch_ops import linear as torch_linear
 from fptq.integrations.torch_ops import shared_kernels
 from fptq.models.architectures import attention_name, get_architecture
 from fptq.models.loading import build_skeleton, fill_buffers, load_tokenizer, tied_names
+from fptq.models.simulation import simulated_input
 from fptq.recipe import Activation
 from fptq.runtime import reference
 from fptq.runtime.kernels import REFERENCE
 
+SIMULATED = "simulated in float"
+"""What `W4A8Linear.kernel` calls a scheme that no kernel runs."""
+
 
 class W4A8Linear(nn.Module):
-    """A linear layer on int4 codes (of an int8 head: int8): y = x̂·Ŵᵀ + b with the integers of the checkpoint.
+    """A linear layer on int4 or int8 codes: y = x̂·Ŵᵀ + b with the integers of the checkpoint.
 
-    It holds the codes packed and runs the native kernels. Float activations, and tensors that aren't on
-    the CPU, take the reference arithmetic: then the codes exist in float32, too. The variable FPTQ_KERNEL=reference
-    makes every layer take it.
+    It holds the codes packed and runs the native kernels. Tensors that aren't on the CPU take the reference arithmetic:
+    then the codes exist in float32, too; the variable FPTQ_KERNEL=reference makes every layer take it. Schemes that no
+    kernel runs (float activations, and those of other methods) are simulated in float, on the dequantized weight.
     """
 
     def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None):
@@ -50,11 +56,16 @@ class W4A8Linear(nn.Module):
         packed = kernels.pack(linear.codes, linear.scales, bits=linear.bits)
         self.register_buffer("packed", torch.from_numpy(packed.data), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self._simulated = replace(linear, codes=linear.codes[:0], scales=linear.scales[:0])  # all but the codes
         self._grouped: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._weight: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output [..., out_features] for x [..., in_features], in float32."""
         x = x.float()
+        if self.kernel == SIMULATED:
+            simulated = simulated_input(x, replace(self._simulated, activation=self.activation))
+            return functional.linear(simulated, self._dequantized(), self.bias)
         if self.kernel == REFERENCE:
             rows = x.reshape(-1, self.in_features)
             y = numerics.w4a8_linear(rows, *self._reference(), self.activation, self.input_scale, self.bias)
@@ -64,19 +75,31 @@ class W4A8Linear(nn.Module):
 
     @property
     def kernel(self) -> str:
-        """Return the target that runs this layer, "reference" for the arithmetic of `numerics` in torch."""
-        native = self.activation is not Activation.NONE and self.packed.device.type == "cpu"
-        return self.target if native else REFERENCE
+        """Return the target that runs this layer, REFERENCE for the arithmetic of `numerics`, or SIMULATED."""
+        if not self.activation.runs_in_int8 or self._simulated.low_rank is not None:
+            return SIMULATED
+        return self.target if self.packed.device.type == "cpu" else REFERENCE
 
     def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return codes and scales as `numerics.w4a8_linear` takes them, made once, where the layer is."""
         if self._grouped is None or self._grouped[0].device != self.packed.device:
-            n, k, size = self.out_features, self.in_features, self.group_size
-            codes, scales = reference.unpack(self.packed.cpu().numpy(), n, k, size, self.bits)
-            grouped = numerics.group_codes(torch.from_numpy(codes), size).contiguous()
+            codes, scales = self._codes()
+            grouped = numerics.group_codes(torch.from_numpy(codes), self.group_size).contiguous()
             transposed = torch.from_numpy(scales).T.contiguous()
             self._grouped = grouped.to(self.packed.device), transposed.to(self.packed.device)
         return self._grouped
+
+    def _dequantized(self) -> torch.Tensor:
+        """Return the weight in float32, made once, where the layer is."""
+        if self._weight is None or self._weight.device != self.packed.device:
+            codes, scales = self._codes()
+            weight = replace(self._simulated, codes=codes, scales=scales).weight()
+            self._weight = torch.from_numpy(weight).to(self.packed.device)
+        return self._weight
+
+    def _codes(self) -> tuple[np.ndarray, np.ndarray]:
+        n, k, size = self.out_features, self.in_features, self.group_size
+        return reference.unpack(self.packed.cpu().numpy(), n, k, size, self.bits)
 
     def extra_repr(self) -> str:
         """Return what print(model) shows."""

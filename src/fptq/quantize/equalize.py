@@ -1,20 +1,26 @@
-"""Logarithmic activation equalization (LAE, Eq. 1, 2 and 5): the scales, and fusing them into a block's weights.
+"""Equalization: scales that divide the channels of an input and multiply the weights that read it.
 
 Dividing channel j of an input by s_j and multiplying column j of the layers that read it by s_j changes nothing
-(Eq. 2). The division is fused into the op that produces the input, so it costs nothing at run time.
+(Eq. 2). The division is fused into the op that produces the input, so it costs nothing at run time. The methods differ
+in s: logarithmic activation equalization (LAE, Eq. 1 and 5), SmoothQuant, AWQ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
+from fptq import numerics
 from fptq.models.architectures import InputGroup, NormSource, RowsSource
-from fptq.quantize.observe import BlockStatistics
-from fptq.recipe import Role
+from fptq.quantize.observe import BlockStatistics, InputStatistics
+from fptq.recipe import Recipe, Role
+
+AWQ_GRID = 20
+"""Ratios that AWQ's search tries: 0, 1/20, … 19/20."""
 
 
 def lae_scale(channel_max: np.ndarray, alpha: float = 1.0) -> np.ndarray:
@@ -27,25 +33,106 @@ def lae_scale(channel_max: np.ndarray, alpha: float = 1.0) -> np.ndarray:
     return np.where(m > 0, scale, 1.0).astype(np.float32)
 
 
-def group_scale(channel_max: np.ndarray, source: NormSource | RowsSource | None, alpha: float) -> np.ndarray:
-    """Return LAE's scale for each channel; channels that come from the same row of a linear share their largest max."""
+def smoothquant_scale(channel_max: np.ndarray, weight_max: np.ndarray, alpha: float) -> np.ndarray:
+    """Return s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), float32 (SmoothQuant, Eq. 4); 1 where either is zero.
+
+    Args:
+        channel_max: max|x| of each channel.
+        weight_max: max|w| of each input channel over all layers that read it.
+        alpha: the migration strength; the larger, the more of the range goes into the weights.
+    """
+    x, w = channel_max.astype(np.float64), weight_max.astype(np.float64)
+    known = (x > 0) & (w > 0)
+    scale = np.where(known, x, 1.0) ** alpha / np.where(known, w, 1.0) ** (1 - alpha)
+    return scale.astype(np.float32)
+
+
+def awq_scale(
+    channel_mean: np.ndarray, weights: Sequence[torch.Tensor], gram: torch.Tensor, group_sizes: Sequence[int], bits: int
+) -> np.ndarray:
+    """Return s = mean|x|^ratio with the ratio of least output error, float32 [k] (AWQ, Eq. 4 and 5).
+
+    The error is that of all layers together, Σ‖(Q(W·s)/s - W)·X‖², and comes from the Gram matrix of X. The scales'
+    geometric middle is brought to 1. Channels that are always zero get 1.
+
+    Args:
+        channel_mean: mean|x| of each channel.
+        weights: of the layers that read the input, [n, k] each.
+        gram: XᵀX [k, k].
+        group_sizes: of each layer.
+        bits: of a code.
+    """
+    mean = torch.from_numpy(channel_mean)
+    best, least = torch.ones_like(mean), float("inf")
+    for step in range(AWQ_GRID):
+        s = torch.where(mean > 0, mean.clamp(min=1e-4) ** (step / AWQ_GRID), 1.0)
+        s = s / (s.max() * s.min()).sqrt()
+        error = 0.0
+        for weight, group_size in zip(weights, group_sizes, strict=True):
+            rounded = numerics.dequantize_weight(*numerics.quantize_weight(weight * s, group_size, bits)) / s
+            error += output_error(rounded - weight, gram)
+        if error < least:
+            best, least = s, error
+    return best.numpy()
+
+
+def output_error(difference: torch.Tensor, gram: torch.Tensor) -> float:
+    """Return ‖D·X‖², the energy of the output error of a weight difference D [n, k], from the Gram matrix of X."""
+    return float(((difference @ gram) * difference).sum(dtype=torch.float64))
+
+
+def equalization_scale(
+    group: InputGroup,
+    seen: InputStatistics,
+    recipe: Recipe,
+    weights: Mapping[str, torch.Tensor],
+    group_sizes: Mapping[str, int],
+) -> np.ndarray:
+    """Return the scale of each channel that the recipe's method gives; channels from the same row of a linear share it.
+
+    Args:
+        group: the input, with its source.
+        seen: its statistics.
+        recipe: says which method.
+        weights: [n, k] of the quantized layers that read the input, by name.
+        group_sizes: theirs.
+    """
+    share = _sharing(group.source)
+    if recipe.equalization == "lae":
+        return lae_scale(share(seen.channel_max), recipe.alpha)
+    if recipe.equalization == "smoothquant":
+        weight_max = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0).float().numpy()
+        return smoothquant_scale(share(seen.channel_max), share(weight_max), recipe.alpha)
+    assert recipe.equalization == "awq", recipe.equalization
+    assert seen.gram is not None
+    floats = [weight.float() for weight in weights.values()]
+    sizes = [group_sizes[name] for name in weights]
+    return awq_scale(share(seen.channel_mean), floats, seen.gram, sizes, recipe.weight_bits)
+
+
+def _sharing(source: NormSource | RowsSource | None) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what replaces each channel's value by the largest of the channels that come from the same row."""
     if not isinstance(source, RowsSource):
-        return lae_scale(channel_max, alpha)
-    row_max = np.zeros(int(source.rows.max()) + 1, channel_max.dtype)
-    np.maximum.at(row_max, source.rows, channel_max)
-    return lae_scale(row_max[source.rows], alpha)
+        return lambda values: values
+    rows = source.rows
+
+    def share(values: np.ndarray) -> np.ndarray:
+        largest = np.zeros(int(rows.max()) + 1, values.dtype)
+        np.maximum.at(largest, rows, values)
+        return largest[rows]
+
+    return share
 
 
-def lae_range(channel_max: np.ndarray, scale: np.ndarray) -> float:
+def range_after(channel_max: np.ndarray, scale: np.ndarray) -> float:
     """Return max|x| of an input after its channels were divided by `scale`."""
     return float((channel_max / scale).max())
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """What static scales are made of: max|x| of each input group (by its first layer), of keys, and of values."""
+class CacheRanges:
+    """max|x| of the keys and values that a block's cache holds."""
 
-    inputs: dict[str, float]
     key: float
     value: float
 
@@ -56,8 +143,8 @@ def equalize_(
     groups: list[InputGroup],
     scales: dict[str, np.ndarray],
     statistics: BlockStatistics,
-) -> Ranges:
-    """Fuse the scales into the block's weights and return the ranges as they are after it.
+) -> CacheRanges:
+    """Fuse the scales into the block's weights and return the cache's ranges as they are after it.
 
     Args:
         block: a decoder block with its weights loaded; changed in place.
@@ -65,7 +152,6 @@ def equalize_(
         scales: s [k] of each group to equalize, by its first layer.
         statistics: what was observed before.
     """
-    ranges = {first: seen.range for first, seen in statistics.inputs.items()}
     value_max = statistics.value_channel_max
     for group in groups:
         first = group.layers[0]
@@ -76,12 +162,11 @@ def equalize_(
         for name in group.layers:
             weight = block.get_submodule(name).weight
             weight.mul_(torch.from_numpy(s).to(weight.dtype))
-        ranges[first] = lae_range(statistics.inputs[first].channel_max, s)
         if group.role is Role.DENSE:
             # query heads that share a value head have the same scales: the first of each set speaks for it
             kv_heads, head_dim = value_max.shape
             value_max = value_max / s.reshape(kv_heads, -1, head_dim)[:, 0]
-    return Ranges(ranges, statistics.key_max, float(value_max.max(initial=0.0)))
+    return CacheRanges(statistics.key_max, float(value_max.max(initial=0.0)))
 
 
 def _divide_output_(block: nn.Module, source: NormSource | RowsSource, s: np.ndarray) -> None:

@@ -6,9 +6,9 @@ a histogram, and the ranges of keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fptq.models.architectures import InputGroup
+from fptq.recipe import Recipe
 
 HISTOGRAM_BINS = 96
 HISTOGRAM_LOWEST_EXPONENT = -32
@@ -25,32 +26,120 @@ HISTOGRAM_TOKENS = 4096
 """Histograms are drawn from this many tokens; maxima come from all of them."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What to observe besides ranges, which everything needs.
+
+    Attributes:
+        gram: the inputs' Gram matrices.
+        percentile: of |x|, of each tensor and of each channel; None for none.
+        tokens: how many will come; percentiles need to know.
+    """
+
+    gram: bool = False
+    percentile: float | None = None
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, recipes: Iterable[Recipe], tokens: int) -> Wanted:
+        """Return what all of these recipes together need; they may want one percentile."""
+        recipes = list(recipes)
+        percentiles = {recipe.percentile for recipe in recipes if recipe.outliers in ("clip", "winsorize")}
+        assert len(percentiles) <= 1, percentiles
+        return cls(any(recipe.needs_gram for recipe in recipes), next(iter(percentiles), None), tokens)
+
+
+class _Tail:
+    """The largest values of every column of what passes by: enough of them to tell a percentile."""
+
+    def __init__(self, percentile: float, total: int):
+        # the value with floor((1 - p) (n - 1)) larger ones, of n
+        self._keep = int((1 - percentile / 100) * (total - 1)) + 1
+        self._values: torch.Tensor | None = None
+
+    def update(self, values: torch.Tensor) -> None:
+        """Add values [rows, columns]."""
+        if self._values is not None:
+            values = torch.cat([self._values, values])
+        self._values = torch.topk(values, min(self._keep, len(values)), dim=0, sorted=False).values
+
+    def percentiles(self) -> np.ndarray:
+        """Return each column's percentile."""
+        assert self._values is not None
+        return self._values.amin(0).numpy()
+
+
 @dataclass
 class InputStatistics:
-    """What was seen of one input: per-channel max|x| [k], the smallest and largest value, a histogram of |x|."""
+    """What was seen of one input, and of the layers that read it.
+
+    Attributes:
+        channel_max: per-channel max|x| [k].
+        channel_low: per-channel min x [k].
+        channel_high: per-channel max x [k].
+        channel_sum: per-channel sum of |x| [k], float64.
+        tokens: how many were seen.
+        histogram: of |x|.
+        histogram_tokens: how many it comes from.
+        gram: XᵀX float32 [k, k] summed over all tokens; None if it wasn't wanted.
+        tensor_percentile: of all |x|; None if it wasn't wanted.
+        channel_percentile: of each channel's |x| [k]; None if it wasn't wanted.
+    """
 
     channel_max: np.ndarray
-    minimum: float = float("inf")
-    maximum: float = float("-inf")
+    channel_low: np.ndarray
+    channel_high: np.ndarray
+    channel_sum: np.ndarray
+    tokens: int = 0
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(HISTOGRAM_BINS, np.int64))
     histogram_tokens: int = 0
+    gram: torch.Tensor | None = None
+    tensor_percentile: float | None = None
+    channel_percentile: np.ndarray | None = None
+
+    @classmethod
+    def empty(cls, channels: int) -> InputStatistics:
+        """Return the statistics of an input of so many channels before any token."""
+        zeros = np.zeros(channels, np.float32)
+        return cls(zeros, zeros + np.float32("inf"), zeros - np.float32("inf"), np.zeros(channels))
 
     @property
     def range(self) -> float:
         """The tensor's max|x|, which the policy compares with v0 and v1."""
         return float(self.channel_max.max())
 
-    def update(self, x: torch.Tensor) -> None:
-        """Add values [..., k]."""
+    @property
+    def minimum(self) -> float:
+        """The smallest value."""
+        return float(self.channel_low.min())
+
+    @property
+    def maximum(self) -> float:
+        """The largest value."""
+        return float(self.channel_high.max())
+
+    @property
+    def channel_mean(self) -> np.ndarray:
+        """Per-channel mean |x| [k], float32."""
+        return (self.channel_sum / max(1, self.tokens)).astype(np.float32)
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """Add values [..., k]; return their magnitudes [tokens, k]."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         magnitude = x.abs()
-        self.channel_max = np.maximum(self.channel_max, magnitude.amax(0).numpy())
-        self.minimum = min(self.minimum, float(x.min()))
-        self.maximum = max(self.maximum, float(x.max()))
+        low, high = x.amin(0).numpy(), x.amax(0).numpy()
+        self.channel_low = np.minimum(self.channel_low, low)
+        self.channel_high = np.maximum(self.channel_high, high)
+        self.channel_max = np.maximum(self.channel_max, np.maximum(-low, high))
+        self.channel_sum += magnitude.sum(0, dtype=torch.float64).numpy()
+        self.tokens += len(x)
         if self.histogram_tokens < HISTOGRAM_TOKENS:
             part = magnitude[: HISTOGRAM_TOKENS - self.histogram_tokens].contiguous()
             self.histogram += count_magnitudes(part)
             self.histogram_tokens += part.shape[0]
+        if self.gram is not None:
+            self.gram.addmm_(x.T, x)
+        return magnitude
 
 
 def count_magnitudes(magnitude: torch.Tensor) -> np.ndarray:
@@ -85,19 +174,59 @@ class BlockStatistics:
             per_channel = np.maximum(self.value_channel_max, per_channel)
         self.value_channel_max = per_channel
 
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return everything as arrays by name, as `from_arrays` takes it."""
+        arrays = {"key_max": np.array(self.key_max), "value_channel_max": self.value_channel_max}
+        for first, seen in self.inputs.items():
+            for part in fields(seen):
+                value = getattr(seen, part.name)
+                if value is not None:
+                    arrays[f"{first}/{part.name}"] = np.asarray(value)
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> BlockStatistics:
+        """Return the statistics that `to_arrays` gave."""
+        inputs: dict[str, dict[str, Any]] = {}
+        for name, value in arrays.items():
+            first, _, part = name.rpartition("/")
+            if first:
+                inputs.setdefault(first, {})[part] = torch.from_numpy(value) if part == "gram" else value
+        for parts in inputs.values():
+            for name in ("tokens", "histogram_tokens"):
+                parts[name] = int(parts[name])
+            if "tensor_percentile" in parts:
+                parts["tensor_percentile"] = float(parts["tensor_percentile"])
+        statistics = {first: InputStatistics(**parts) for first, parts in inputs.items()}
+        return cls(statistics, float(arrays["key_max"]), arrays["value_channel_max"])
+
 
 @contextmanager
-def observing(block: nn.Module, groups: list[InputGroup]) -> Iterator[BlockStatistics]:
-    """Collect statistics of every forward pass of `block` inside the `with`; no hook outlives it."""
+def observing(block: nn.Module, groups: list[InputGroup], wanted: Wanted | None = None) -> Iterator[BlockStatistics]:
+    """Collect statistics of every forward pass of `block` inside the `with`; no hook outlives it.
+
+    Percentiles are there after it.
+    """
+    wanted = wanted or Wanted()
     statistics = BlockStatistics({})
+    tails: dict[str, tuple[_Tail, _Tail]] = {}
     handles = []
     for group in groups:
-        layer = block.get_submodule(group.layers[0])
-        inputs = InputStatistics(np.zeros(layer.in_features, np.float32))
-        statistics.inputs[group.layers[0]] = inputs
+        first = group.layers[0]
+        layer = block.get_submodule(first)
+        k = layer.in_features
+        inputs = statistics.inputs[first] = InputStatistics.empty(k)
+        if wanted.gram:
+            inputs.gram = torch.zeros(k, k)
+        if wanted.percentile is not None:
+            tails[first] = _Tail(wanted.percentile, k * wanted.tokens), _Tail(wanted.percentile, wanted.tokens)
 
-        def hook(_: nn.Module, args: tuple[Any, ...], inputs: InputStatistics = inputs) -> None:
-            inputs.update(args[0])
+        def hook(_: nn.Module, args: tuple[Any, ...], inputs: InputStatistics = inputs, first: str = first) -> None:
+            magnitude = inputs.update(args[0])
+            if first in tails:
+                tensor, channels = tails[first]
+                tensor.update(magnitude.reshape(-1, 1))
+                channels.update(magnitude)
 
         handles.append(layer.register_forward_pre_hook(hook))
     try:
@@ -105,3 +234,6 @@ def observing(block: nn.Module, groups: list[InputGroup]) -> Iterator[BlockStati
     finally:
         for handle in handles:
             handle.remove()
+    for first, (tensor, channels) in tails.items():
+        statistics.inputs[first].tensor_percentile = float(tensor.percentiles()[0])
+        statistics.inputs[first].channel_percentile = channels.percentiles()

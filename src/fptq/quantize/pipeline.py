@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 import fptq
-from fptq import numerics
 from fptq.checkpoint import (
     FORMAT_VERSION,
     STATISTICS_FILE,
@@ -33,18 +32,20 @@ from fptq.checkpoint import (
     quantization_config,
 )
 from fptq.errors import CalibrationError, QuantizationError
-from fptq.models.architectures import attention_name
+from fptq.models.architectures import InputGroup, attention_name
 from fptq.models.loading import FloatModel, head_layers, library_versions
+from fptq.models.simulation import simulating
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationData, CalibrationSpec, load_calibration
 from fptq.quantize.equalize import equalize_
-from fptq.quantize.observe import BlockStatistics
+from fptq.quantize.observe import BlockStatistics, Wanted
 from fptq.quantize.policy import BlockPlan, choose_group_size, decide, decide_head, is_skipped
+from fptq.quantize.recording import Recording
 from fptq.quantize.rounding import cache_scales, round_head, round_weights
 from fptq.quantize.sqnr import measure_sqnr
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import Workspace, refuse_foreign
-from fptq.recipe import Activation, Recipe, get_recipe
+from fptq.recipe import PER_CHANNEL, Activation, Recipe, get_recipe
 from fptq.shards import write_durably, write_json
 
 
@@ -72,22 +73,26 @@ class Options:
 
 
 def quantize(
-    model: str,
+    model: str | FloatModel,
     output: str | Path,
     recipe: Recipe | str = "fptq",
     calibration: CalibrationSpec | str = "pile",
     options: Options | None = None,
+    *,
+    recording: Path | None = None,
 ) -> Path:
     """Quantize `model` and return the folder of the finished checkpoint.
 
     An interrupted run goes on where it was when it is called again with the same arguments.
 
     Args:
-        model: a model folder, a GGUF file, a Hugging Face id, or "demo".
+        model: a model folder, a GGUF file, a Hugging Face id, "demo", or an open model.
         output: the folder to make.
         recipe: a `Recipe`, or the name of a preset.
         calibration: a `CalibrationSpec`, or its source alone.
         options: the rest.
+        recording: a folder of recorded statistics of this model and calibration data (`record`), which spares the walk
+            through the model. A recipe that propagates its error, or trains, can't use one.
 
     Raises:
         FPTQError: model, calibration, output or numbers are unusable; the message says which and why.
@@ -97,16 +102,44 @@ def quantize(
     calibration = CalibrationSpec(calibration) if isinstance(calibration, str) else calibration
     destination = Path(os.path.realpath(Path(output).expanduser()))
     refuse_foreign(destination)
-    source = FloatModel.open(model)
+    source = FloatModel.open(model) if isinstance(model, str) else model
+    data = _load_calibration(source, calibration)
+    return _Job(source, destination, recipe, data, options, recording).run()
+
+
+def record(
+    model: str | FloatModel,
+    folder: Path,
+    recipes: Iterable[Recipe],
+    calibration: CalibrationSpec,
+    compute_dtype: str = "float32",
+    *,
+    progress: bool = True,
+) -> None:
+    """Observe `model` on calibration data once for several recipes, and keep it in `folder` for `quantize`."""
+    source = FloatModel.open(model) if isinstance(model, str) else model
+    data = _load_calibration(source, calibration)
+    wanted = Wanted.of(recipes, data.tokens.size)
+    Recording(source, data.tokens, getattr(torch, compute_dtype), folder).make(wanted, progress=progress)
+
+
+def _load_calibration(source: FloatModel, calibration: CalibrationSpec) -> CalibrationData:
     source.check_length(calibration.length, CalibrationError)
-    data = load_calibration(calibration, source.tokenizer, source.config.vocab_size)
-    return _Job(source, destination, recipe, data, options).run()
+    return load_calibration(calibration, source.tokenizer, source.config.vocab_size)
 
 
 class _Job:
     """One model on its way to one checkpoint."""
 
-    def __init__(self, source: FloatModel, destination: Path, recipe: Recipe, data: CalibrationData, options: Options):
+    def __init__(
+        self,
+        source: FloatModel,
+        destination: Path,
+        recipe: Recipe,
+        data: CalibrationData,
+        options: Options,
+        recording: Path | None,
+    ):
         self.source = source
         self.recipe = recipe
         self.data = data
@@ -115,7 +148,18 @@ class _Job:
         auto = options.storage_dtype == "auto"
         self.storage_dtype = source.storage_dtype() if auto else getattr(torch, options.storage_dtype)
         self.workspace = Workspace(destination, self._identity(), overwrite=options.overwrite)
-        self.walk = CalibrationWalk(source, data.tokens, getattr(torch, options.compute_dtype), self.workspace.folder)
+        self.walk = self._calibration_walk(recording)
+
+    def _calibration_walk(self, recording: Path | None) -> CalibrationWalk | Recording:
+        dtype = getattr(torch, self.options.compute_dtype)
+        wanted = Wanted.of([self.recipe], self.data.tokens.size)
+        if recording is None:
+            return CalibrationWalk(self.source, self.data.tokens, dtype, self.workspace.folder, wanted)
+        if not self.recipe.can_be_recorded:
+            raise QuantizationError(f"recipe {self.recipe.name} calibrates on other activations than the float model's")
+        recorded = Recording(self.source, self.data.tokens, dtype, recording)
+        recorded.require(wanted)
+        return recorded
 
     def _identity(self) -> dict[str, Any]:
         """Return all that decides the result: going on with the parts of another job would mix two models."""
@@ -151,6 +195,7 @@ class _Job:
     def _walk_blocks(self, writer: CheckpointWriter, reached: int | None) -> None:
         """Quantize all blocks from `reached` on; None if the walk hasn't begun."""
         blocks, batches = len(self.source.blocks), len(self.walk.batches)
+        batches *= 2 if self.recipe.propagate_error else 1
         with progress_bar(blocks * batches, initial=(reached or 0) * batches, show=self.options.progress) as bar:
             self.walk.begin(fresh=reached is None)
             if reached is None:
@@ -161,12 +206,14 @@ class _Job:
             bar.set_description("writing")
 
     def _checkpoint_bytes(self) -> float:
-        """Return about what the checkpoint will take: 4 bits and a 16-bit scale a group, the rest as it is stored."""
+        """Return about what the checkpoint will take: codes and a 16-bit scale a group, the rest as it is stored."""
         shapes = {name: self.source.tensors.shapes[file] for name, file in self.source.file_names.items()}
         inside = f"{self.source.architecture.blocks}."
         quantized = sum(math.prod(s) for name, s in shapes.items() if name.startswith(inside) and len(s) == 2)
         everything = sum(math.prod(shape) for shape in shapes.values())
-        return quantized * (0.5 + 2 / 32) + (everything - quantized) * self.storage_dtype.itemsize
+        return (
+            quantized * (self.recipe.weight_bits / 8 + 2 / 32) + (everything - quantized) * self.storage_dtype.itemsize
+        )
 
     def _quantize_block(self, index: int, writer: CheckpointWriter, bar: Any) -> None:
         """Do everything that one block needs, and note it in the journal."""
@@ -176,17 +223,22 @@ class _Job:
             statistics = self.walk.observe(index, block, bar.update)
             if self.walk.dtype is not torch.float32:
                 self.source.load(block, name, torch.float32)  # only the activations are computed in less
-            plan = decide(groups, statistics, self.recipe, name)
+            plan = decide(groups, statistics, self.recipe, name, _weights(block, groups))
             ranges = equalize_(block, groups, plan.scales, statistics)
-            linears = round_weights(block, groups, plan, ranges)
+            linears = round_weights(block, groups, plan, statistics, self.recipe)
             sqnr = measure_sqnr(block, linears, lambda: self.walk.run_first_batch(index))
+            if self.recipe.propagate_error:
+                assert isinstance(self.walk, CalibrationWalk)
+                block.to(self.walk.dtype)
+                with simulating(block, linears):
+                    self.walk.propagate(index, bar.update)
 
             tensors = self._float_tensors(block, name, plan)
             for layer, linear in linears.items():
                 tensors |= linear_tensors(f"{name}.{layer}", linear)
             attention = f"{name}.{attention_name(groups)}"
             cache: dict[str, Any] = {}
-            if self.recipe.quantize_activations:
+            if self.recipe.kv_cache == "int8":
                 scales = cache_scales(ranges)
                 tensors |= cache_tensors(attention, scales)
                 cache = {
@@ -284,9 +336,10 @@ class _Job:
     def _quantization_config(self, layers: dict[str, Any]) -> dict[str, Any]:
         schemes = {
             name: LayerScheme(
-                plan["group_size"],
+                None if plan["weight_bits"] == 8 or self.recipe.group_size == PER_CHANNEL else plan["group_size"],
                 Activation(plan["activation"]),
-                numerics.HEAD_BITS if name in self.head else numerics.WEIGHT_BITS,
+                plan["weight_bits"],
+                0 if name in self.head else self.recipe.low_rank,
             )
             for name, plan in layers.items()
         }
@@ -296,7 +349,7 @@ class _Job:
             schemes,
             blocks=self.source.architecture.blocks,
             block_count=len(self.source.blocks),
-            int8_cache=self.recipe.quantize_activations,
+            int8_cache=self.recipe.kv_cache == "int8",
             ignore=sorted(linear - set(schemes)),
         )
 
@@ -332,14 +385,13 @@ def preview(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """Return what `quantize` would decide, as JSON-ready plans by layer, and the statistics behind it."""
     source = FloatModel.open(model)
-    source.check_length(calibration.length, CalibrationError)
-    data = load_calibration(calibration, source.tokenizer, source.config.vocab_size)
+    data = _load_calibration(source, calibration)
     layers: dict[str, dict[str, Any]] = {}
     arrays: dict[str, np.ndarray] = {}
     check_layers(source, recipe)
     dtype = getattr(torch, compute_dtype)
     with tempfile.TemporaryDirectory(prefix="fptq-") as folder:
-        walk = CalibrationWalk(source, data.tokens, dtype, Path(folder))
+        walk = CalibrationWalk(source, data.tokens, dtype, Path(folder), Wanted.of([recipe], data.tokens.size))
         walk.begin(fresh=True)
         with progress_bar(len(source.blocks) * len(walk.batches), show=progress) as bar:
             for index in range(len(source.blocks)):
@@ -347,10 +399,15 @@ def preview(
                 bar.set_description(f"block {index + 1}/{len(source.blocks)}")
                 with source.loaded_block(index, dtype) as block:
                     statistics = walk.observe(index, block, bar.update)
-                plan = decide(source.groups, statistics, recipe, name)
+                    plan = decide(source.groups, statistics, recipe, name, _weights(block, source.groups))
                 layers |= {f"{name}.{layer}": decision.to_dict() for layer, decision in plan.layers.items()}
                 arrays |= _statistics_arrays(name, statistics, plan)
     return layers | decide_head(head_layers(source.model), recipe), arrays
+
+
+def _weights(block: nn.Module, groups: list[InputGroup]) -> dict[str, torch.Tensor]:
+    """Return the weights of the block's linear layers by name."""
+    return {name: block.get_submodule(name).weight for group in groups for name in group.layers}
 
 
 def _statistics_arrays(name: str, statistics: BlockStatistics, plan: BlockPlan) -> dict[str, np.ndarray]:

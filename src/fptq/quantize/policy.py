@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
+import torch
 
+from fptq import numerics
 from fptq.errors import QuantizationError
 from fptq.models.architectures import InputGroup, NormSource
-from fptq.quantize.equalize import group_scale, lae_range
-from fptq.quantize.observe import BlockStatistics
-from fptq.recipe import Activation, LayerPlan, Recipe, Role
+from fptq.quantize.equalize import equalization_scale, range_after
+from fptq.quantize.observe import BlockStatistics, InputStatistics
+from fptq.recipe import PER_CHANNEL, Activation, LayerPlan, Recipe, Role
 
 _FALLBACK_GROUP_SIZES = (64, 32)
+_SCHEMES = {
+    "static": Activation.STATIC,
+    "dynamic": Activation.DYNAMIC,
+    "fp8": Activation.FP8,
+    "outliers": Activation.OUTLIERS,
+    "clusters": Activation.CLUSTERS,
+    "channels": Activation.CHANNELS,
+}
+"""The scheme of recipes that treat all inputs alike."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,7 @@ class BlockPlan:
 
     Attributes:
         layers: a plan for each quantized linear layer, by its name within the block.
-        scales: LAE's scale s [k] of each equalized input group, by the group's first layer.
+        scales: the equalization scale s [k] of each equalized input group, by the group's first layer.
     """
 
     layers: dict[str, LayerPlan]
@@ -35,8 +47,16 @@ def decide(
     statistics: BlockStatistics,
     recipe: Recipe,
     block_name: str,
+    weights: Mapping[str, torch.Tensor],
 ) -> BlockPlan:
     """Return the plan of a block. Layers that share an input share the decision.
+
+    Args:
+        groups: the block's input groups.
+        statistics: of their inputs.
+        recipe: what is wanted.
+        block_name: its full name.
+        weights: [n, k] of its linear layers by name within the block.
 
     Raises:
         QuantizationError: no group size fits a layer, or the statistics are not finite.
@@ -44,62 +64,111 @@ def decide(
     layers: dict[str, LayerPlan] = {}
     scales: dict[str, np.ndarray] = {}
     for group in groups:
-        quantized = [n for n in group.layers if not is_skipped(f"{block_name}.{n}", recipe)]
-        if not quantized:
+        first = group.layers[0]
+        seen = statistics.inputs[first]
+        bits = numerics.HEAD_BITS if group.role.value in recipe.int8_roles else recipe.weight_bits
+        sizes = {
+            name: choose_group_size(
+                seen.channel_max.size, recipe.group_size if bits == 4 else PER_CHANNEL, f"{block_name}.{name}"
+            )
+            for name in group.layers
+            if not is_skipped(f"{block_name}.{name}", recipe)
+        }
+        if not sizes:
             continue
-        seen = statistics.inputs[group.layers[0]]
-        v = seen.range
-        if not np.isfinite(v):
+        if not np.isfinite(seen.range):
             raise QuantizationError(
-                f"{block_name}.{group.layers[0]}: its input has NaN or infinite values during calibration; "
+                f"{block_name}.{first}: its input has NaN or infinite values during calibration; "
                 "try --compute-dtype float32, or look at the model's own output"
             )
-        activation, equalize, reason = _choose(group, v, recipe)
-        after = v
-        if equalize:
-            scales[group.layers[0]] = group_scale(seen.channel_max, group.source, recipe.alpha)
-            after = lae_range(seen.channel_max, scales[group.layers[0]])
-        for name in quantized:
+        choice = _choose(group, seen, recipe)
+        if choice.equalize:
+            readers = {name: weights[name] for name in sizes}
+            scales[first] = equalization_scale(group, seen, recipe, readers, sizes)
+        for name, group_size in sizes.items():
             layers[name] = LayerPlan(
                 role=group.role,
-                input=f"{block_name}.{group.layers[0]}",
-                activation=activation,
-                group_size=choose_group_size(seen.channel_max.size, recipe.group_size, f"{block_name}.{name}"),
-                equalized_by=group.source.name if equalize and group.source else None,
-                range_before=v,
-                range_after=after,
+                input=f"{block_name}.{first}",
+                activation=choice.activation,
+                weight_bits=bits,
+                group_size=group_size,
+                equalized_by=group.source.name if choice.equalize and group.source else None,
+                range_before=seen.range,
+                range_after=range_after(seen.channel_max, scales[first]) if choice.equalize else choice.range,
                 min_before=seen.minimum,
                 max_before=seen.maximum,
-                reason=reason,
+                reason=choice.reason,
             )
     return BlockPlan(layers, scales)
 
 
-def _choose(group: InputGroup, v: float, recipe: Recipe) -> tuple[Activation, bool, str]:
-    """Return the activation scheme, whether LAE is applied, and why."""
-    if not recipe.quantize_activations:
-        return Activation.NONE, False, "weight-only recipe"
+@dataclass(frozen=True)
+class _Choice:
+    """What is done to an input: its scheme, whether it is equalized, the range that a static scale covers, and why."""
+
+    activation: Activation
+    equalize: bool
+    range: float
+    reason: str
+
+
+def _choose(group: InputGroup, seen: InputStatistics, recipe: Recipe) -> _Choice:
+    v, v0, v1 = seen.range, recipe.v0, recipe.v1
+    obstacle = _obstacle(group, recipe)
+    between_thresholds = v0 < v < v1
+    equalize = not obstacle and recipe.equalization != "none" and (between_thresholds or recipe.equalization != "lae")
+    fused = f"{_METHODS[recipe.equalization]} fused into {group.source.name}" if equalize and group.source else ""
+
+    def choice(activation: Activation, reason: str) -> _Choice:
+        return _Choice(activation, equalize, v, f"{reason}: {fused}" if fused else reason)
+
+    if not recipe.quantizes_activations:
+        return choice(Activation.NONE, "weight-only recipe")
     if group.role.value in recipe.dynamic:
-        return Activation.DYNAMIC, False, f"range {v:.4g}; the recipe has {group.role.value} inputs always dynamic"
-    v0, v1 = recipe.v0, recipe.v1
+        reason = f"range {v:.4g}; the recipe has {group.role.value} inputs always dynamic"
+        return _Choice(Activation.DYNAMIC, equalize and recipe.equalization != "lae", v, reason)
+    if recipe.activations != "table2":
+        return choice(_SCHEMES[recipe.activations], f"range {v:.4g}; the recipe has all inputs {recipe.activations}")
     if v <= v0:
-        return Activation.STATIC, False, f"range {v:.4g} <= v0 = {v0:g}"
+        return choice(Activation.STATIC, f"range {v:.4g} <= v0 = {v0:g}")
     if v >= v1:
-        return Activation.DYNAMIC, False, f"range {v:.4g} >= v1 = {v1:g}"
+        return choice(Activation.DYNAMIC, f"range {v:.4g} >= v1 = {v1:g}")
     between = f"v0 = {v0:g} < range {v:.4g} < v1 = {v1:g}"
-    if group.source is None:
-        obstacle = group.gap
-    elif isinstance(group.source, NormSource) or recipe.fuse_into_linear:
-        return Activation.STATIC, True, f"{between}: LAE fused into {group.source.name}"
-    else:
-        obstacle = f"recipe {recipe.name} fuses into norms only"
+    if equalize:
+        return choice(Activation.STATIC, between)
+    if not obstacle and recipe.outliers != "none":
+        return _treat_outliers(seen, recipe, between)
     if group.role is Role.DENSE:
-        return (
+        return choice(
             Activation.STATIC,
-            False,
-            f"{between}, no LAE ({obstacle}): attention output stays static below v1",
+            f"{between}, not equalized ({obstacle or 'the recipe has no scale'}): attention output stays static below v1",
         )
-    return Activation.DYNAMIC, False, f"{between}, no LAE ({obstacle})"
+    return choice(Activation.DYNAMIC, f"{between}, not equalized ({obstacle or 'the recipe has no scale'})")
+
+
+def _treat_outliers(seen: InputStatistics, recipe: Recipe, why: str) -> _Choice:
+    """Return the choice for an input that FPTQ would equalize, and the recipe treats otherwise."""
+    if recipe.outliers == "channels":
+        return _Choice(Activation.CHANNELS, False, seen.range, f"{why}: a scale for each channel at run time")
+    if recipe.outliers == "clip":
+        assert seen.tensor_percentile is not None
+        covers, how = seen.tensor_percentile, "clipped at the tensor's"
+    else:
+        assert seen.channel_percentile is not None
+        covers, how = float(seen.channel_percentile.max()), "channels winsorized at their"
+    return _Choice(Activation.STATIC, False, covers, f"{why}: {how} {recipe.percentile:g}th percentile")
+
+
+_METHODS = {"lae": "LAE", "smoothquant": "SmoothQuant's scale", "awq": "AWQ's scale", "none": ""}
+
+
+def _obstacle(group: InputGroup, recipe: Recipe) -> str:
+    """Return why an input's channels can't be scaled at no cost at run time; "" if they can."""
+    if group.source is None:
+        return group.gap
+    if not isinstance(group.source, NormSource) and not recipe.fuse_into_linear:
+        return f"recipe {recipe.name} fuses into norms only"
+    return ""
 
 
 def decide_head(layers: list[str], recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -114,12 +183,21 @@ def decide_head(layers: list[str], recipe: Recipe) -> dict[str, dict[str, Any]]:
     if recipe.lm_head == "float":
         return {}
     *embedding, head = layers
-    activation = Activation.DYNAMIC if recipe.quantize_activations else Activation.NONE
+    activation = Activation.DYNAMIC if recipe.quantizes_activations else Activation.NONE
     chosen = dict.fromkeys(embedding, ("embedding", Activation.NONE, f"shares its weight with {head}"))
     chosen[head] = ("head", activation, "the recipe has an int8 head")
-    unknown = dict.fromkeys(("group_size", "equalized_by", "range_before", "range_after", "min_before", "max_before"))
+    unknown: dict[str, Any] = dict.fromkeys(
+        ("group_size", "equalized_by", "range_before", "range_after", "min_before", "max_before")
+    )
     return {
-        name: {"role": role, "input": name, "activation": scheme.value, **unknown, "reason": reason}
+        name: {
+            "role": role,
+            "input": name,
+            "activation": scheme.value,
+            "weight_bits": numerics.HEAD_BITS,
+            **unknown,
+            "reason": reason,
+        }
         for name, (role, scheme, reason) in chosen.items()
     }
 
@@ -132,9 +210,13 @@ def is_skipped(name: str, recipe: Recipe) -> bool:
 def choose_group_size(in_features: int, wanted: int, name: str) -> int:
     """Return `wanted` if it divides `in_features`, else the largest of 64 and 32 below it that does.
 
+    PER_CHANNEL is `in_features`: one group a row.
+
     Raises:
         QuantizationError: none does.
     """
+    if wanted == PER_CHANNEL:
+        return in_features
     sizes = [wanted, *(size for size in _FALLBACK_GROUP_SIZES if size < wanted)]
     for size in sizes:
         if in_features % size == 0:

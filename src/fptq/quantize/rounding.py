@@ -1,4 +1,4 @@
-"""Rounding a block's weights to int4 codes, and the static scales of its inputs and of its KV cache."""
+"""Rounding a block's weights to codes, and the static scales of its inputs and of its KV cache."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import torch
 from torch import nn
 
 from fptq import numerics
-from fptq.checkpoint import KVScales, QuantizedLinear
+from fptq.checkpoint import ChannelSteps, KVScales, QuantizedLinear
 from fptq.errors import QuantizationError
 from fptq.models.architectures import InputGroup
-from fptq.quantize.equalize import Ranges
+from fptq.quantize.clipping import learn_clipping
+from fptq.quantize.clusters import cluster_steps
+from fptq.quantize.equalize import CacheRanges
+from fptq.quantize.gptq import round_gptq
+from fptq.quantize.observe import BlockStatistics, InputStatistics
 from fptq.quantize.policy import BlockPlan
-from fptq.recipe import Activation
+from fptq.recipe import Activation, LayerPlan, Recipe
 
 _LARGEST_WEIGHT = 2.0**111  # numerics.round_to_bfloat16 is finite below
 _SLAB_WEIGHTS = 1 << 24  # of a head: 64 MB in float32
@@ -20,32 +24,83 @@ _SLAB_WEIGHTS = 1 << 24  # of a head: 64 MB in float32
 
 @torch.no_grad()
 def round_weights(
-    block: nn.Module, groups: list[InputGroup], plan: BlockPlan, ranges: Ranges
+    block: nn.Module, groups: list[InputGroup], plan: BlockPlan, statistics: BlockStatistics, recipe: Recipe
 ) -> dict[str, QuantizedLinear]:
-    """Return codes and scales of every planned linear layer, rounded to nearest (Eq. 3-4).
+    """Return codes and scales of every planned linear layer.
 
     Args:
         block: the block after equalization.
         groups: its input groups.
         plan: which layers, at which group sizes, with which activation scheme.
-        ranges: the inputs' max|x| after equalization.
+        statistics: what was observed before equalization.
+        recipe: says how to round.
+
+    Raises:
+        QuantizationError: a weight or a range is too large for its scale.
     """
     rounded = {}
     for group in groups:
-        for name in group.layers:
-            if name not in plan.layers:
-                continue
+        first = group.layers[0]
+        planned = [name for name in group.layers if name in plan.layers]
+        seen, s = statistics.inputs[first], plan.scales.get(first)
+        gram = _gram_after(seen.gram, s) if planned and seen.gram is not None and recipe.needs_gram else None
+        for name in planned:
             layer = plan.layers[name]
             weight = block.get_submodule(name).weight.float()
-            codes, scales = _quantize_weight(name, weight, layer.group_size, numerics.WEIGHT_BITS)
-            static = layer.activation is Activation.STATIC
+            _check_size(name, weight)
+            codes, scales = _round(weight, gram, layer, recipe)
+            static, clusters = (layer.activation is kind for kind in (Activation.STATIC, Activation.CLUSTERS))
             rounded[name] = QuantizedLinear(
-                codes=codes,
-                scales=scales,
+                codes=codes.numpy(),
+                scales=scales.numpy(),
                 activation=layer.activation,
-                input_scale=static_scale(ranges.inputs[group.layers[0]]) if static else None,
+                input_scale=static_scale(layer.range_after) if static else None,
+                bits=layer.weight_bits,
+                channel_steps=_channel_steps(seen, s, recipe) if clusters else None,
+                low_rank=_low_rank(weight, codes, scales, recipe.low_rank) if recipe.low_rank else None,
             )
     return rounded
+
+
+def _gram_after(gram: torch.Tensor, s: np.ndarray | None) -> torch.Tensor:
+    """Return the Gram matrix of the input after its channels were divided by s."""
+    if s is None:
+        return gram
+    scale = torch.from_numpy(s)
+    return gram / scale / scale[:, None]
+
+
+def _channel_steps(seen: InputStatistics, s: np.ndarray | None, recipe: Recipe) -> ChannelSteps:
+    low, high = seen.channel_low, seen.channel_high
+    return cluster_steps(low if s is None else low / s, high if s is None else high / s, recipe.clusters)
+
+
+def _round(
+    weight: torch.Tensor, gram: torch.Tensor | None, layer: LayerPlan, recipe: Recipe
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 codes [n, k] and float32 scales [n, G]."""
+    bits, size = layer.weight_bits, layer.group_size
+    codes, scales = numerics.quantize_weight(weight, size, bits)
+    if recipe.clipping == "learned":
+        assert gram is not None
+        scales = learn_clipping(weight, gram, size, bits)
+        codes = numerics.quantize_weight_with(weight, scales, bits)
+    if recipe.rounding == "gptq":
+        assert gram is not None
+        codes = round_gptq(weight, gram, scales, bits)
+    return codes, scales
+
+
+def _low_rank(
+    weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return float32 [n, r] and [r, k]: the best approximation of the rounding error of this rank (LoRC)."""
+    error = weight - numerics.dequantize_weight(codes, scales)
+    n, k = error.shape
+    # the singular vectors of the shorter side, from the eigenvectors of its Gram matrix: largest values last
+    vectors = torch.linalg.eigh(error @ error.T if n <= k else error.T @ error).eigenvectors[:, -rank:]
+    up, down = (vectors, vectors.T @ error) if n <= k else (error @ vectors, vectors.T)
+    return up.contiguous().numpy(), down.contiguous().numpy()
 
 
 def round_head(name: str, weight: torch.Tensor, activation: Activation) -> QuantizedLinear:
@@ -58,18 +113,19 @@ def round_head(name: str, weight: torch.Tensor, activation: Activation) -> Quant
     step = max(1, _SLAB_WEIGHTS // k)
     for first in range(0, n, step):
         rows = slice(first, first + step)
-        codes[rows], scales[rows] = _quantize_weight(name, weight[rows].float(), k, numerics.HEAD_BITS)
+        slab = weight[rows].float()
+        _check_size(name, slab)
+        slab_codes, slab_scales = numerics.quantize_weight(slab, k, numerics.HEAD_BITS)
+        codes[rows], scales[rows] = slab_codes.numpy(), slab_scales.numpy()
     return QuantizedLinear(codes, scales, activation, None, numerics.HEAD_BITS)
 
 
-def _quantize_weight(name: str, weight: torch.Tensor, group_size: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def _check_size(name: str, weight: torch.Tensor) -> None:
     if float(weight.abs().max()) > _LARGEST_WEIGHT:
         raise QuantizationError(f"{name}: its weights are too large for a float32 scale; the model is damaged")
-    codes, scales = numerics.quantize_weight(weight, group_size, bits)
-    return codes.numpy(), scales.numpy()
 
 
-def cache_scales(ranges: Ranges) -> KVScales:
+def cache_scales(ranges: CacheRanges) -> KVScales:
     """Return the static per-tensor int8 scales of keys and values."""
     return KVScales(static_scale(ranges.key), static_scale(ranges.value))
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
-from fptq import numerics
 from fptq.checkpoint import QuantizedLinear
+from fptq.models.simulation import simulated_input
 from fptq.recipe import Activation
 
 
@@ -64,19 +65,16 @@ def _comparing(block: nn.Module, linears: dict[str, QuantizedLinear]) -> Iterato
             linear: QuantizedLinear = linear,
             energy: _Energies = energy,
         ) -> None:
-            # float copies of the codes live for one layer at a time: a block of a 70B model has 3 GB of them
-            codes = numerics.group_codes(torch.from_numpy(linear.codes), linear.group_size)
-            scales = torch.from_numpy(linear.scales).T
-            x = args[0].reshape(-1, layer.in_features).float()
+            # the dequantized weight lives for one layer at a time: a block of a 70B model has 3 GB of them
+            x, weight = args[0].float(), torch.from_numpy(linear.weight())
             bias = layer.bias.float() if layer.bias is not None else None
-            wanted = output.reshape(-1, layer.out_features).float()
-            weights_only = numerics.w4a8_linear(x, codes, scales, Activation.NONE, None, bias)
+            wanted = output.float()
             energy.signal += _energy(wanted)
-            energy.weight_noise += _energy(weights_only - wanted)
+            energy.weight_noise += _energy(functional.linear(x, weight, bias) - wanted)
             if linear.activation is Activation.NONE:
                 energy.noise = energy.weight_noise
             else:
-                got = numerics.w4a8_linear(x, codes, scales, linear.activation, linear.input_scale, bias)
+                got = functional.linear(simulated_input(x, linear), weight, bias)
                 energy.noise += _energy(got - wanted)
 
         handles.append(block.get_submodule(name).register_forward_hook(hook))

@@ -11,9 +11,9 @@ from torch import nn
 
 from fptq.errors import QuantizationError
 from fptq.models.loading import FloatModel
-from fptq.models.stepping import BlockStepper
+from fptq.models.stepping import BlockStepper, CacheObserver
 from fptq.quantize.activations import ActivationFile
-from fptq.quantize.observe import BlockStatistics, observing
+from fptq.quantize.observe import BlockStatistics, Wanted, observing
 
 _BATCH_TOKENS = 2048
 
@@ -26,17 +26,19 @@ class CalibrationWalk:
         tokens: int64 [samples, length].
         dtype: the model computes, and the activations are kept, in this.
         folder: where the two files are; a walk can go on from a block whose inputs are there.
+        wanted: what to observe besides ranges.
     """
 
-    def __init__(self, source: FloatModel, tokens: np.ndarray, dtype: torch.dtype, folder: Path):
+    def __init__(
+        self, source: FloatModel, tokens: np.ndarray, dtype: torch.dtype, folder: Path, wanted: Wanted | None = None
+    ):
         self._source = source
         self._tokens = tokens
         self.dtype = dtype
         self._folder = folder
+        self._wanted = wanted or Wanted()
         self._stepper = BlockStepper(source, dtype)
-        samples, length = tokens.shape
-        step = max(1, _BATCH_TOKENS // length)
-        self.batches = [(i, min(step, samples - i)) for i in range(0, samples, step)]
+        self.batches = cut_batches(tokens)
 
     def begin(self, *, fresh: bool) -> None:
         """Compute the first block's inputs, and learn the blocks' arguments; if not `fresh`, only the latter."""
@@ -56,26 +58,41 @@ class CalibrationWalk:
         Raises:
             QuantizationError: an output has a NaN or an infinity.
         """
+        with observing(block, self._source.groups, self._wanted) as statistics:
+            self._run(index, on_batch, statistics.update_cache_ranges)
+        return statistics
+
+    def propagate(self, index: int, on_batch: Callable[[], object]) -> None:
+        """Run the loaded block once more over all samples: its outputs, as it is now, become the next one's inputs.
+
+        Raises:
+            QuantizationError: an output has a NaN or an infinity.
+        """
+        self._run(index, on_batch, None)
+
+    def _run(self, index: int, on_batch: Callable[[], object], observe_cache: CacheObserver | None) -> None:
         inputs, outputs = self._activations(index), self._activations(index + 1)
         last = index + 1 == len(self._source.blocks)
-        with observing(block, self._source.groups) as statistics:
-            for start, count in self.batches:
-                states = self._stepper.run(index, inputs.read(start, count), statistics.update_cache_ranges)
-                if not bool(torch.isfinite(states).all()):
-                    raise QuantizationError(
-                        f"{self._source.block_name(index)}: its output has NaN or infinite values on calibration "
-                        f"samples {start} to {start + count - 1}; the model is damaged or needs --compute-dtype float32"
-                    )
-                if not last:
-                    outputs.write(start, states)
-                on_batch()
+        for start, count in self.batches:
+            states = self._stepper.run(index, inputs.read(start, count), observe_cache)
+            if not bool(torch.isfinite(states).all()):
+                raise QuantizationError(
+                    f"{self._source.block_name(index)}: its output has NaN or infinite values on calibration "
+                    f"samples {start} to {start + count - 1}; the model is damaged or needs --compute-dtype float32"
+                )
+            if not last:
+                outputs.write(start, states)
+            on_batch()
         if not last:
             outputs.flush()
-        return statistics
+
+    def first_inputs(self, index: int) -> torch.Tensor:
+        """Return the block's inputs of the first batch, [samples, length, hidden]."""
+        return self._activations(index).read(*self.batches[0])
 
     def run_first_batch(self, index: int) -> None:
         """Run the loaded block once more, in float32, on the first samples."""
-        self._stepper.run(index, self._activations(index).read(*self.batches[0]).float())
+        self._stepper.run(index, self.first_inputs(index).float())
 
     def disk_bytes(self) -> int:
         """Return what the two files take."""
@@ -85,3 +102,10 @@ class CalibrationWalk:
         """Return the file of block `index`'s inputs."""
         path = self._folder / f"activations.{index % 2}"
         return ActivationFile(path, self._tokens.shape[1], self._source.config.hidden_size, self.dtype)
+
+
+def cut_batches(tokens: np.ndarray) -> list[tuple[int, int]]:
+    """Return first sample and number of samples of each batch of tokens [samples, length]."""
+    samples, length = tokens.shape
+    step = max(1, _BATCH_TOKENS // length)
+    return [(i, min(step, samples - i)) for i in range(0, samples, step)]

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from fptq.checkpoint import Checkpoint, KVScales
+from fptq.checkpoint import Checkpoint, KVScales, LayerScheme
 from fptq.errors import CheckpointError, UnsupportedModelError
 from fptq.recipe import Activation
 from fptq.runtime.blueprint import Block, Blueprint, Linear, Norm
@@ -291,8 +291,8 @@ class _Loader:
         if scheme.bits == 4:
             packed = self.kernels.pack_words(*self._words(prefix, layer, n, k))
         else:
-            if scheme.activation is Activation.NONE and layer.name != self.plan.embedding:
-                raise UnsupportedModelError(f"int8 weights with float activations, as '{name}' has them")
+            if layer.name != self.plan.embedding:
+                self._require_integers(name, scheme)
             linear = self.checkpoint.read_linear(name)
             if linear.codes.shape != (n, k):
                 raise self._misfit(name, linear.codes.shape, (n, k))
@@ -303,8 +303,7 @@ class _Loader:
     def _words(self, prefix: str, layer: Linear, n: int, k: int) -> tuple[Array, Array]:
         """Return an int4 layer's words and bfloat16 scales, its channels in the wanted order."""
         name = prefix + layer.name
-        if self.checkpoint.schemes[name].activation is Activation.NONE:
-            raise UnsupportedModelError(f"int4 weights with float activations, as '{name}' has them")
+        self._require_integers(name, self.checkpoint.schemes[name])
         words, scales = self.checkpoint.read(f"{name}.weight_packed"), self.checkpoint.read(f"{name}.weight_scale")
         if words.shape != (n, k // 8):
             raise self._misfit(name, (words.shape[0], 8 * words.shape[1]), (n, k))
@@ -315,6 +314,13 @@ class _Loader:
         if scales.dtype != narrow.dtype and not np.array_equal(wide, scales.astype(np.float32)):
             raise UnsupportedModelError(f"weight scales that bfloat16 can't hold, as '{name}' has them")
         return _ordered(words, layer.rows), _ordered(narrow, layer.rows)
+
+    def _require_integers(self, name: str, scheme: LayerScheme) -> None:
+        if scheme.low_rank:
+            raise UnsupportedModelError(f"weights with a low-rank correction, as '{name}' has them")
+        if not scheme.activation.runs_in_int8:
+            kind = "float" if scheme.activation is Activation.NONE else f"'{scheme.activation.value}'"
+            raise UnsupportedModelError(f"int{scheme.bits} weights with {kind} activations, as '{name}' has them")
 
     def _input_scale(self, name: str) -> float | None:
         scheme = self.checkpoint.schemes.get(name)

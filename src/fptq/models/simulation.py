@@ -1,0 +1,51 @@
+"""What a quantized layer computes, in float: codes dequantized, inputs quantized and dequantized again.
+
+It equals the integer arithmetic up to the rounding of float32, and it is all there is for schemes that no kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fptq import numerics
+from fptq.checkpoint import QuantizedLinear
+
+
+def simulated_input(x: torch.Tensor, linear: QuantizedLinear) -> torch.Tensor:
+    """Return the input [..., tokens, k] of a quantized layer as its scheme would hold it, in float."""
+    if linear.channel_steps is None:
+        return numerics.simulate(x, linear.activation, linear.input_scale)
+    steps = linear.channel_steps
+    return numerics.simulate(x, linear.activation, torch.from_numpy(steps.scale), torch.from_numpy(steps.zero_point))
+
+
+@contextmanager
+def simulating(block: nn.Module, linears: Mapping[str, QuantizedLinear]) -> Iterator[None]:
+    """Let the layers of a float block compute what the quantized ones would, for the time of the `with`.
+
+    Args:
+        block: in float32, with its weights in memory.
+        linears: quantized layers by their names within it.
+    """
+    weights = {name: block.get_submodule(name).weight for name in linears}
+    handles = []
+    try:
+        for name, linear in linears.items():
+            layer = block.get_submodule(name)
+            layer.weight = nn.Parameter(torch.from_numpy(linear.weight()).to(layer.weight.dtype), requires_grad=False)
+
+            def hook(_: nn.Module, args: tuple[Any, ...], linear: QuantizedLinear = linear) -> tuple[Any, ...]:
+                return simulated_input(args[0].float(), linear).to(args[0].dtype), *args[1:]
+
+            handles.append(layer.register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, weight in weights.items():
+            block.get_submodule(name).weight = weight
