@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fptq
-from fptq.checkpoint import RECORD_FILE, Checkpoint
+from fptq.checkpoint import Checkpoint, is_checkpoint
 from fptq.errors import FPTQError, MissingDependencyError, OutputError
 from fptq.recipe import LM_HEADS, RECIPES, Recipe, Role, get_recipe
 
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fptq: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on where it was" if options.run is _quantize else ""
+        resumes = options.run is _quantize or getattr(options, "results", None)
+        goes_on = "; the same command goes on where it was" if resumes else ""
         print(f"\nfptq: interrupted{goes_on}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # | head
@@ -164,24 +165,38 @@ def _add_inspect(commands: Any) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     details = """
-        Perplexity, KL divergence, top-1 agreement and LAMBADA accuracy, each with its standard
-        error, computed with the checkpoint's integers and its int8 KV cache.
+        Perplexity, KL divergence, top-1 agreement and LAMBADA accuracy, and benchmark tasks of
+        lm-evaluation-harness, each with its standard error. A checkpoint is computed with its
+        integers and its int8 KV cache, a float model with transformers in float32.
 
-        example:
+        examples:
           fptq evaluate SmolLM2-135M-W4A8 --reference demo --text wiki.test.raw --limit 20
+          fptq evaluate SmolLM2-135M-W4A8 --tasks lambada_openai,piqa,mmlu --results results.jsonl
         """
     command = _add_command(commands, "evaluate", _evaluate, "measure what quantization cost", details)
     add = command.add_argument
-    add("checkpoint", metavar="DIR", help="a checkpoint folder")
+    add("model", metavar="DIR|MODEL", help=f"a checkpoint folder, or {_MODEL}")
     add("--reference", metavar="MODEL", help=f"the float model to compare with: {_MODEL}")
     add("--text", metavar="FILE", help="text for perplexity: a file, or a Hub id as owner/name[:config]")
     add("--lambada", metavar="FILE", help='LAMBADA texts, .jsonl with a "text" field')
     add("--length", type=int, default=1024, help="tokens of a perplexity window")
-    add("--limit", type=int, metavar="N", help="use at most N windows and N LAMBADA examples")
-    runtime = "what runs the checkpoint: the native engine, or transformers for what the engine doesn't run"
-    add("--runtime", default="engine", choices=["engine", "transformers"], help=runtime)
+    limit = "use at most N windows, N LAMBADA examples, and N documents of each task (of MMLU: of each subject)"
+    add("--limit", type=int, metavar="N", help=limit)
+    runtime = (
+        "what runs a checkpoint: the native engine (default), or transformers for what the engine doesn't run; "
+        "transformers runs float models"
+    )
+    add("--runtime", choices=["engine", "transformers"], help=runtime)
     add("--json", metavar="FILE", help="also write the figures to FILE")
     add("--quiet", action="store_true", help="no progress")
+    add = command.add_argument_group("benchmark tasks").add_argument
+    tasks = "names of lm-evaluation-harness, with commas: lambada_openai,mmlu,winogrande,piqa,hellaswag,arc_easy"
+    add("--tasks", metavar="NAMES", help=tasks)
+    data = "take the tasks' data from files in DIR instead of the Hub (docs/evaluation.md shows their form)"
+    add("--data-dir", metavar="DIR", help=data)
+    examples = "examples in a prompt (default: 5 for MMLU, as in the paper; what the harness defines for the others)"
+    add("--num-fewshot", type=int, metavar="N", help=examples)
+    add("--results", metavar="FILE", help="keep answers and scores in FILE; given again, it goes on where it was")
 
 
 def _add_engine_options(command: argparse.ArgumentParser) -> None:
@@ -280,7 +295,7 @@ def _quantize(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     folder = Path(options.model).expanduser()
-    if _is_checkpoint(folder):
+    if is_checkpoint(folder):
         parser_defaults = _parser().parse_args(["inspect", options.model])
         about_floats = vars(options).keys() - {"model", "verify", "summary", "json", "run"}
         given = sorted(n for n in about_floats if getattr(options, n) != getattr(parser_defaults, n))
@@ -314,16 +329,30 @@ def _inspect_model(options: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate(options: argparse.Namespace) -> None:
     _require_torch()
-    from fptq.evaluate.runner import EvaluationSpec, evaluate
-    from fptq.report.tables import accuracy_table
+    from fptq.evaluate.runner import EvaluationSpec, TaskSpec, evaluate
+    from fptq.report.tables import accuracy_table, task_table
 
-    spec = EvaluationSpec(options.text, options.lambada, options.length, options.limit, options.runtime)
-    results = evaluate(options.checkpoint, options.reference, spec, progress=not options.quiet)
-    print(accuracy_table(results.quantized, results.reference))
-    counts = {"windows": f"windows of {spec.length} tokens", "lambada_examples": "LAMBADA examples"}
-    used = [f"{results.settings[key]} {what}" for key, what in counts.items() if key in results.settings]
-    print(f"\n± is one standard error; {', '.join(used)}")
+    tasks = None
+    if options.tasks is not None:
+        names = tuple(name.strip() for name in options.tasks.split(","))
+        tasks = TaskSpec(names, options.data_dir, options.limit, options.num_fewshot)
+    elif options.data_dir is not None or options.num_fewshot is not None:
+        raise FPTQError("--data-dir and --num-fewshot are about tasks: they need --tasks")
+    spec = EvaluationSpec(
+        options.text, options.lambada, options.length, options.limit, options.runtime, tasks, options.results
+    )
+    results = evaluate(options.model, options.reference, spec, progress=not options.quiet)
     settings = results.settings
+    counts = {"windows": f"windows of {spec.length} tokens", "lambada_examples": "LAMBADA examples"}
+    used = [f"{settings[key]} {what}" for key, what in counts.items() if key in settings]
+    if results.quantized:
+        print(accuracy_table(results.quantized, results.reference, results.subject), end="\n\n")
+    if results.tasks:
+        print(task_table(results.tasks, results.reference_tasks, results.subject), end="\n\n")
+    print("; ".join(["± is one standard error", *used]))
+    for name, score in results.tasks.items():
+        if score.truncated:
+            print(f"{name}: {score.truncated} requests were longer than the model's context and cut on the left")
     print(f"runtime: {settings['runtime']}, kernels {', '.join(settings['kernels'])}, {settings['threads']} threads")
     if options.json:
         _write_json(options.json, results.to_dict())
@@ -513,15 +542,6 @@ def _print_checkpoint(checkpoint: Checkpoint, *, summary: bool) -> None:
         checkpoint_summary(checkpoint),
     ]
     print("\n\n".join(tables))
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    try:
-        if (folder / RECORD_FILE).exists():
-            return True
-        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

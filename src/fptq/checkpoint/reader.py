@@ -33,6 +33,16 @@ from fptq.recipe import Activation
 from fptq.shards import TensorEntry, json_bytes, read_header, read_tensor, sha256_of_file
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder has a checkpoint, sound or not, rather than a float model or nothing."""
+    try:
+        if (folder / RECORD_FILE).exists():
+            return True
+        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
 class Checkpoint:
     """A quantized checkpoint folder that was checked as a whole: files, headers, schemes, shapes and dtypes.
 

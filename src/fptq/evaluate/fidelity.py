@@ -39,6 +39,10 @@ class Scored(Protocol):
         """Tokens that a text may have, if it is limited."""
 
     @property
+    def identity(self) -> str:
+        """What tells its results from another model's; "" if that isn't known."""
+
+    @property
     def reuses_prefixes(self) -> bool:
         """Whether what a text shares with the one before isn't computed again.
 
@@ -85,12 +89,19 @@ class ScoredModel:
         model: in memory.
         new_cache: makes the KV cache of one forward pass, None for no cache.
         reuses_prefixes: False runs every text whole, in one forward pass of its own.
+        identity: see `Scored.identity`.
     """
 
     def __init__(
-        self, model: nn.Module, new_cache: Callable[[], Any] | None = None, *, reuses_prefixes: bool = True
+        self,
+        model: nn.Module,
+        new_cache: Callable[[], Any] | None = None,
+        *,
+        reuses_prefixes: bool = True,
+        identity: str = "",
     ):
         self.model = model
+        self.identity = identity
         self.vocabulary: int = model.config.vocab_size
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
         self.reuses_prefixes = reuses_prefixes
@@ -154,8 +165,9 @@ class ScoredModel:
 class ScoredEngine:
     """The native engine to be scored. A token's result doesn't depend on what is computed beside or before it."""
 
-    def __init__(self, engine: Engine, *, reuses_prefixes: bool = True):
+    def __init__(self, engine: Engine, *, reuses_prefixes: bool = True, identity: str = ""):
         self.engine = engine
+        self.identity = identity
         self.vocabulary = engine.plan.vocabulary
         self.context: int | None = engine.context
         self.reuses_prefixes = reuses_prefixes
@@ -175,9 +187,7 @@ class ScoredEngine:
         self._sequence.truncate(start)
         while start < len(tokens):
             end = min(max(start, first) + HEAD_ROWS, len(tokens))
-            logits = self.engine.forward(
-                [(self._sequence, tokens[start:end])], last=[min(end - start, end - first)]
-            )
+            logits = self.engine.forward([(self._sequence, tokens[start:end])], last=[min(end - start, end - first)])
             start, self._text = end, tuple(tokens[:end])
             yield torch.log_softmax(torch.from_numpy(logits), dim=-1)
 

@@ -1,8 +1,8 @@
 """The question that benchmark tasks ask of a model: how probable is this continuation of that context?
 
-Requests are answered text by text in the order of their tokens, so that a text begins like the one before it, and a model
-that `reuses_prefixes` computes only what is new: the answers of a multiple-choice question share its whole prompt,
-the questions of a few-shot task share their examples.
+Requests are answered text by text in the order of their tokens, so that a text begins like the one before it, and a
+model that `reuses_prefixes` computes only what is new: the answers of a multiple-choice question share its whole
+prompt, the questions of a few-shot task share their examples.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def float_cache(model: nn.Module) -> Cache:
 
 
 def crop_cache(cache: Cache, length: int) -> bool:
-    """Cut a cache to its first `length` tokens, and return True; False if a sliding window has forgotten some of them."""
+    """Cut a cache to its first `length` tokens and return True, or False if a sliding window has forgotten some."""
     found = cache.get_seq_length()
     windows = [layer.sliding_window for layer in cache.layers if layer.is_sliding]
     if windows and found >= min(windows):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fptq.checkpoint import Checkpoint
 from fptq.evaluate.estimates import Estimate
+from fptq.evaluate.scores import PERPLEXITY, TaskScore
 from fptq.runtime.benchmark import Ceilings, Measurement
 from fptq.runtime.doctor import PACKAGES, Diagnosis
 
@@ -173,7 +175,9 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     )
 
 
-def accuracy_table(quantized: dict[str, Estimate], reference: dict[str, Estimate] | None) -> str:
+def accuracy_table(
+    quantized: dict[str, Estimate], reference: dict[str, Estimate] | None, subject: str = "quantized"
+) -> str:
     """Return the metrics of both models side by side, each with its standard error; differences are paired."""
     labels = {
         "perplexity": "perplexity",
@@ -183,7 +187,7 @@ def accuracy_table(quantized: dict[str, Estimate], reference: dict[str, Estimate
     }
     shown = [metric for metric in labels if metric in quantized]
     if reference is None:
-        return format_table(["", "quantized"], [[labels[m], format_estimate(quantized[m])] for m in shown])
+        return format_table(["", subject], [[labels[m], format_estimate(quantized[m])] for m in shown])
     rows = []
     for metric in shown:
         base = format_estimate(reference[metric]) if metric in reference else ""
@@ -195,7 +199,34 @@ def accuracy_table(quantized: dict[str, Estimate], reference: dict[str, Estimate
             points = quantized["lambada_difference"]
             difference = format_estimate(Estimate(100 * points.value, _scaled(points.standard_error)), "+") + " points"
         rows.append([labels[metric], base, format_estimate(quantized[metric]), difference])
-    return format_table(["", "float", "quantized", "difference"], rows)
+    return format_table(["", "reference" if subject == "float" else "float", subject, "difference"], rows)
+
+
+def task_table(scores: dict[str, TaskScore], reference: dict[str, TaskScore] | None, subject: str = "quantized") -> str:
+    """Return every metric of every task, the one to quote first, as accuracy_table does; accuracies in percent."""
+    header = ["task", "metric", "examples", "documents", subject]
+    if reference is not None:
+        header[4:] = ["reference" if subject == "float" else "float", subject, "difference"]
+    rows = []
+    for name, score in scores.items():
+        estimates = score.estimates
+        for metric in sorted(estimates, key=lambda metric: metric != score.metric):
+            figure = partial(_figure, metric)
+            figures = [figure(estimates[metric])]
+            if reference is not None:
+                difference = score.differences(reference[name])[metric]
+                figures = [figure(reference[name].estimates[metric]), *figures, _figure(metric, difference, "+")]
+            first = metric == score.metric
+            counts = [str(score.num_fewshot), str(sum(score.documents.values()))]
+            rows.append([name if first else "", metric, *(counts if first else ["", ""]), *figures])
+    return format_table(header, rows)
+
+
+def _figure(metric: str, estimate: Estimate, sign: str = "") -> str:
+    if metric != PERPLEXITY:
+        percent = format_estimate(Estimate(100 * estimate.value, _scaled(estimate.standard_error)), sign)
+        return f"{percent} {'points' if sign else '%'}"
+    return format_estimate(estimate) if not sign else f"× {format_estimate(estimate)}"
 
 
 def format_estimate(estimate: Estimate, sign: str = "") -> str:
