@@ -85,21 +85,33 @@ def require_harness() -> Any:
     return harness
 
 
+def prepare_tasks(name: str, spec: TaskSpec) -> tuple[dict[str, Any], dict[str, int], dict[str, list[str]]]:
+    """Return the harness' tasks that a name stands for, how many documents of each are meant, and groups of them.
+
+    Raises:
+        EvaluationError: there is no such task, its data can't be had, or it has too few examples for its prompts.
+    """
+    harness = require_harness()
+    tasks, groups = harness.load_tasks(name, spec.data_dir)
+    for task, definition in tasks.items():
+        _set_examples_(definition, spec.num_fewshot, task, harness)
+    sizes = {task: len(definition.eval_docs) for task, definition in tasks.items()}
+    return tasks, {task: min(spec.limit or size, size) for task, size in sizes.items()}, groups
+
+
 def _run(lm: Any, name: str, spec: TaskSpec, harness: Any, progress: bool) -> Iterator[TaskScore]:
     """Yield the scores of the groups that a name stands for, outer ones last, or of its tasks."""
-    with _quiet():
-        tasks, groups = harness.load_tasks(name, spec.data_dir)
-        sizes = {task: len(definition.eval_docs) for task, definition in tasks.items()}
-    counts = {task: size if spec.limit is None else min(spec.limit, size) for task, size in sizes.items()}
+    with quiet():
+        tasks, counts, groups = prepare_tasks(name, spec)
     parts: dict[str, TaskScore] = {}
     with progress_bar(sum(counts.values()), what=name, show=progress) as bar:
         for task, definition in tasks.items():
             lm.truncated = 0
             lm.advance = lambda share, documents=counts[task]: bar.update(share * documents)
-            examples = _set_examples_(definition, spec.num_fewshot, task, harness)
-            with _quiet():
+            with quiet():
                 values = harness.per_document(lm, definition, counts[task])
             metric = _HEADLINES.get(task, "acc" if "acc" in values else next(iter(values)))
+            examples = definition.config.num_fewshot
             parts[task] = TaskScore(task, metric, values, {task: counts[task]}, examples, lm.truncated)
     for group, members in reversed(groups.items()):
         yield _gather(group, [parts[member] for member in members])
@@ -107,8 +119,8 @@ def _run(lm: Any, name: str, spec: TaskSpec, harness: Any, progress: bool) -> It
         yield from parts.values()
 
 
-def _set_examples_(task: Any, wanted: int | None, name: str, harness: Any) -> int:
-    """Set and return how many examples a task's prompts have."""
+def _set_examples_(task: Any, wanted: int | None, name: str, harness: Any) -> None:
+    """Set how many examples a task's prompts have, and the choice of them."""
     defined = task.config.num_fewshot
     if wanted is None:
         wanted = defined if defined is not None else MMLU_EXAMPLES if harness.belongs_to(name, "mmlu") else 0
@@ -122,7 +134,6 @@ def _set_examples_(task: Any, wanted: int | None, name: str, harness: Any) -> in
         )
     task.set_config(key="num_fewshot", value=wanted)
     task.set_fewshot_seed(seed=_EXAMPLES_SEED)
-    return wanted
 
 
 def _gather(group: str, parts: list[TaskScore]) -> TaskScore:
@@ -141,7 +152,7 @@ def _gather(group: str, parts: list[TaskScore]) -> TaskScore:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the harness' own progress bars and notices out of ours."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
