@@ -48,14 +48,20 @@ def test_quantize_shows_progress_and_the_plan(model: Path, tmp_path: Path, capsy
     assert main([*arguments, "--samples", "4", "--length", "16", "--recipe", "fptq-wide", "--v1", "200"]) == 0
     shown = capsys.readouterr()
     assert "left" in shown.err
-    for words in ("LAE + static", "channel maxima", "bits each", "fingerprint", "recipe fptq-wide", "v1 200"):
+    for words in ("equalized static", "channel maxima", "bits each", "fingerprint", "recipe fptq-wide", "v1 200"):
         assert words in shown.out
 
 
 def test_inspect_a_checkpoint(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(checkpoint), "--verify", "--json", str(tmp_path / "plan.json")]) == 0
     shown = capsys.readouterr().out
-    for words in ("files are as they were written", "model.layers.1.mlp.down_proj", "SQNR", "before LAE", "after LAE"):
+    for words in (
+        "files are as they were written",
+        "model.layers.1.mlp.down_proj",
+        "SQNR",
+        "before equalization",
+        "after",
+    ):
         assert words in shown
     assert len(json.loads((tmp_path / "plan.json").read_text())["layers"]) == 14
     assert main(["inspect", str(checkpoint), "--summary"]) == 0

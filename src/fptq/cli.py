@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fptq
-from fptq.checkpoint import RECORD_FILE, Checkpoint
+from fptq.checkpoint import Checkpoint, is_checkpoint
 from fptq.errors import FPTQError, MissingDependencyError, OutputError
 from fptq.recipe import CHOICES, PRESETS, Recipe, Role, get_recipe
 
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fptq: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on where it was" if options.run is _quantize else ""
+        resumes = options.run in (_quantize, _compare, _sweep) or getattr(options, "results", None)
+        goes_on = "; the same command goes on where it was" if resumes else ""
         print(f"\nfptq: interrupted{goes_on}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # | head
@@ -62,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_quantize(commands)
     _add_inspect(commands)
     _add_evaluate(commands)
+    _add_compare(commands)
+    _add_sweep(commands)
     _add_generate(commands)
     _add_chat(commands)
     _add_bench(commands)
@@ -171,24 +174,109 @@ def _add_inspect(commands: Any) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     details = """
-        Perplexity, KL divergence, top-1 agreement and LAMBADA accuracy, each with its standard
-        error, computed with the checkpoint's integers and its int8 KV cache.
+        Perplexity, KL divergence, top-1 agreement and LAMBADA accuracy, and benchmark tasks of
+        lm-evaluation-harness, each with its standard error. A checkpoint is computed with its
+        integers and its int8 KV cache, a float model with transformers in float32.
 
-        example:
+        examples:
           fptq evaluate SmolLM2-135M-W4A8 --reference demo --text wiki.test.raw --limit 20
+          fptq evaluate SmolLM2-135M-W4A8 --tasks lambada_openai,piqa,mmlu --results results.jsonl
         """
     command = _add_command(commands, "evaluate", _evaluate, "measure what quantization cost", details)
     add = command.add_argument
-    add("checkpoint", metavar="DIR", help="a checkpoint folder")
+    add("model", metavar="DIR|MODEL", help=f"a checkpoint folder, or {_MODEL}")
     add("--reference", metavar="MODEL", help=f"the float model to compare with: {_MODEL}")
     add("--text", metavar="FILE", help="text for perplexity: a file, or a Hub id as owner/name[:config]")
     add("--lambada", metavar="FILE", help='LAMBADA texts, .jsonl with a "text" field')
     add("--length", type=int, default=1024, help="tokens of a perplexity window")
-    add("--limit", type=int, metavar="N", help="use at most N windows and N LAMBADA examples")
-    runtime = "what runs the checkpoint: the native engine, or transformers for what the engine doesn't run"
-    add("--runtime", default="engine", choices=["engine", "transformers"], help=runtime)
+    limit = "use at most N windows, N LAMBADA examples, and N documents of each task (of MMLU: of each subject)"
+    add("--limit", type=int, metavar="N", help=limit)
+    runtime = (
+        "what runs a checkpoint: the native engine (default), or transformers for what the engine doesn't run; "
+        "transformers runs float models"
+    )
+    add("--runtime", choices=["engine", "transformers"], help=runtime)
     add("--json", metavar="FILE", help="also write the figures to FILE")
     add("--quiet", action="store_true", help="no progress")
+    add = command.add_argument_group("benchmark tasks").add_argument
+    tasks = "names of lm-evaluation-harness, with commas: lambada_openai,mmlu,winogrande,piqa,hellaswag,arc_easy"
+    add("--tasks", metavar="NAMES", help=tasks)
+    data = "take the tasks' data from files in DIR instead of the Hub (docs/evaluation.md shows their form)"
+    add("--data-dir", metavar="DIR", help=data)
+    examples = "examples in a prompt (default: 5 for MMLU, as in the paper; what the harness defines for the others)"
+    add("--num-fewshot", type=int, metavar="N", help=examples)
+    add("--results", metavar="FILE", help="keep answers and scores in FILE; given again, it goes on where it was")
+
+
+def _add_trial_options(command: argparse.ArgumentParser) -> None:
+    """Add what recipes are compared on."""
+    command.add_argument("model", metavar="MODEL", help=_MODEL)
+    kept = "folder for checkpoints, scores and tables; the same one again goes on, and reuses what it can"
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help=kept)
+    add = command.add_argument_group("what is measured").add_argument
+    add("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, with commas; see 'fptq evaluate --help'")
+    add("--data-dir", metavar="DIR", help="take the tasks' data from files in DIR instead of the Hub")
+    add("--limit", type=int, metavar="N", help="use N documents of each task (of MMLU: of each subject)")
+    add("--num-fewshot", type=int, metavar="N", help="examples in a prompt (default: 5 for MMLU)")
+    add("--text", metavar="FILE", help="text for perplexity: a file, or a Hub id as owner/name[:config]")
+    add("--window", type=int, default=1024, metavar="N", help="tokens of a perplexity window")
+    add("--windows", type=int, metavar="N", help="use N windows (default: all)")
+    command.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _add_compare(commands: Any) -> None:
+    recipes = "\n".join(f"  {name:<24}{preset.summary}" for name, preset in PRESETS.items())
+    details = """
+        Quantizes the model with every recipe, scores all on the same texts and tasks, and prints one
+        table: bit widths, size, scores, and the paired differences to the first recipe, each with its
+        standard error. Recipes that calibrate on the float model's activations share one walk through
+        it. It goes on where it was when it is interrupted. DIR/comparison.md and .json keep the result.
+
+        A recipe can be changed, NAME:FIELD=VALUE, and be calibrated on other data, NAME@SOURCE, as in
+        fptq:v0=0:alpha=0.5, smoothquant-w8a8:alpha=0.8, fptq@random. fp is the float model.
+
+        recipes:
+          fp                      the float model
+        {recipes}
+
+        examples:
+          fptq compare demo --recipes fp,fptq,gptq-w4a16 --text wiki.test.raw --windows 16 -o compared
+          fptq compare demo --table 10 --data-dir benchmarks --calibration pile.jsonl -o compared
+        """
+    details = textwrap.dedent(details).format(recipes=recipes)
+    command = _add_command(commands, "compare", _compare, "recipes side by side, in one table", details)
+    _add_trial_options(command)
+    add = command.add_argument_group("recipes").add_argument
+    add("--recipes", metavar="NAMES", help="recipes, with commas")
+    tables = "recipes and tasks of one of the paper's tables: 3 SmoothQuant at several widths, 4 MMLU and Common Sense "
+    tables += "QA, 6 calibration on text and on random tokens, 7 with GPTQ, 10 component analysis"
+    add("--table", choices=["3", "4", "6", "7", "10"], help=tables)
+    layers = "also show where the first of these two loses signal-to-noise against the second, layer by layer"
+    add("--layers", nargs=2, metavar=("RECIPE", "RECIPE"), help=layers)
+    _add_calibration_options(command, "pile", 512)
+
+
+def _add_sweep(commands: Any) -> None:
+    details = """
+        Each setting takes its values in turn, while the others stay as the recipe has them; with --grid
+        every combination is tried. Beside them stand the float model and int4 weights alone. DIR has the
+        table and a plot, sweep.svg, with the standard error of the difference to the recipe as it is.
+
+        example:
+          fptq sweep demo --v0 0 5 15 30 --alpha 0.5 1 2 --text wiki.test.raw --windows 16 -o swept
+        """
+    command = _add_command(commands, "sweep", _sweep, "how sensitive a recipe is to its settings", details)
+    _add_trial_options(command)
+    add = command.add_argument_group("settings").add_argument
+    add("--recipe", default="fptq", choices=list(PRESETS), metavar="NAME", help="the recipe whose settings change")
+    add("--v0", type=float, nargs="+", metavar="V", help="largest ranges that stay static as they are")
+    add("--v1", type=float, nargs="+", metavar="V", help="smallest ranges that are dynamic")
+    add("--alpha", type=float, nargs="+", metavar="A", help="exponents of LAE's logarithm, or SmoothQuant's strengths")
+    add("--group-size", type=int, nargs="+", metavar="N", help="input channels per weight scale, 0 for one scale a row")
+    add("--percentile", type=float, nargs="+", metavar="P", help="percentiles of fptq-clip and fptq-winsorize")
+    add("--grid", action="store_true", help="every combination of the values")
+    add("--plot", default="svg", choices=["svg", "png", "pdf"], help="form of the plot")
+    _add_calibration_options(command, "pile", 512)
 
 
 def _add_engine_options(command: argparse.ArgumentParser) -> None:
@@ -287,7 +375,7 @@ def _quantize(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     folder = Path(options.model).expanduser()
-    if _is_checkpoint(folder):
+    if is_checkpoint(folder):
         parser_defaults = _parser().parse_args(["inspect", options.model])
         about_floats = vars(options).keys() - {"model", "verify", "summary", "json", "run"}
         given = sorted(n for n in about_floats if getattr(options, n) != getattr(parser_defaults, n))
@@ -321,19 +409,128 @@ def _inspect_model(options: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate(options: argparse.Namespace) -> None:
     _require_torch()
-    from fptq.evaluate.runner import EvaluationSpec, evaluate
-    from fptq.report.tables import accuracy_table
+    from fptq.evaluate.runner import EvaluationSpec, TaskSpec, evaluate
+    from fptq.report.tables import accuracy_table, task_table
 
-    spec = EvaluationSpec(options.text, options.lambada, options.length, options.limit, options.runtime)
-    results = evaluate(options.checkpoint, options.reference, spec, progress=not options.quiet)
-    print(accuracy_table(results.quantized, results.reference))
-    counts = {"windows": f"windows of {spec.length} tokens", "lambada_examples": "LAMBADA examples"}
-    used = [f"{results.settings[key]} {what}" for key, what in counts.items() if key in results.settings]
-    print(f"\n± is one standard error; {', '.join(used)}")
+    tasks = None
+    if options.tasks is not None:
+        names = tuple(name.strip() for name in options.tasks.split(","))
+        tasks = TaskSpec(names, options.data_dir, options.limit, options.num_fewshot)
+    elif options.data_dir is not None or options.num_fewshot is not None:
+        raise FPTQError("--data-dir and --num-fewshot are about tasks: they need --tasks")
+    spec = EvaluationSpec(
+        options.text, options.lambada, options.length, options.limit, options.runtime, tasks, options.results
+    )
+    results = evaluate(options.model, options.reference, spec, progress=not options.quiet)
     settings = results.settings
+    counts = {"windows": f"windows of {spec.length} tokens", "lambada_examples": "LAMBADA examples"}
+    used = [f"{settings[key]} {what}" for key, what in counts.items() if key in settings]
+    if results.quantized:
+        print(accuracy_table(results.quantized, results.reference, results.subject), end="\n\n")
+    if results.tasks:
+        print(task_table(results.tasks, results.reference_tasks, results.subject), end="\n\n")
+    print("; ".join(["± is one standard error", *used]))
+    for name, score in results.tasks.items():
+        if score.truncated:
+            print(f"{name}: {score.truncated} requests were longer than the model's context and cut on the left")
     print(f"runtime: {settings['runtime']}, kernels {', '.join(settings['kernels'])}, {settings['threads']} threads")
     if options.json:
         _write_json(options.json, results.to_dict())
+
+
+def _compare(options: argparse.Namespace) -> None:
+    _require_torch()
+    from fptq.evaluate.compare import Contender, compare
+    from fptq.evaluate.paper import PAPER_TABLES
+    from fptq.report.comparison import comparison_tables, layer_table
+
+    if (options.recipes is None) == (options.table is None):
+        raise FPTQError("what to compare: give --recipes or --table")
+    if options.table is not None:
+        table = PAPER_TABLES[options.table]
+        title, contenders = table.title, table.contenders()
+        options.tasks = options.tasks or ",".join(table.tasks)
+    else:
+        title = f"{options.model}: recipes compared"
+        contenders = [Contender.parse(name.strip()) for name in options.recipes.split(",")]
+    labels = [contender.label for contender in contenders]
+    unknown = [name for name in options.layers or () if name not in labels]
+    if unknown:
+        raise FPTQError(f"--layers {unknown[0]}: isn't compared; there are {', '.join(labels)}")
+    folder = Path(options.output).expanduser()
+    results = compare(
+        options.model,
+        contenders,
+        _trial(options),
+        folder,
+        _calibration(options),
+        progress=not options.quiet,
+        announce=_announce(options),
+    )
+    tables = comparison_tables(results, title, results[0])
+    if options.layers:
+        one, other = (results[labels.index(name)] for name in options.layers)
+        tables += layer_table(one, other)
+    _keep_tables(folder / "comparison", tables, results, options)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    _require_torch()
+    from fptq.evaluate.compare import compare
+    from fptq.evaluate.sweep import SWEPT, Sweep
+    from fptq.report.comparison import comparison_tables
+    from fptq.report.plots import plot_sweep, require_plots
+
+    require_plots()
+    values = {name: getattr(options, name) for name in SWEPT if getattr(options, name) is not None}
+    sweep = Sweep(get_recipe(options.recipe), values, options.grid)
+    folder = Path(options.output).expanduser()
+    results = compare(
+        options.model,
+        sweep.contenders(),
+        _trial(options),
+        folder,
+        _calibration(options),
+        progress=not options.quiet,
+        announce=_announce(options),
+    )
+    title = f"{options.model}: settings of {options.recipe}"
+    _keep_tables(folder / "sweep", comparison_tables(results, title, results[2]), results, options)
+    plot_sweep(folder / f"sweep.{options.plot}", sweep, results, title)
+    print(f"\nplot: {folder / f'sweep.{options.plot}'}")
+
+
+def _trial(options: argparse.Namespace) -> Any:
+    from fptq.evaluate.compare import Trial
+    from fptq.evaluate.scores import TaskSpec
+
+    if options.tasks is None:
+        given = [name for name in ("data_dir", "limit", "num_fewshot") if getattr(options, name) is not None]
+        if given:
+            raise FPTQError(f"--{given[0].replace('_', '-')} is about tasks: it needs --tasks")
+    if options.text is None and options.windows is not None:
+        raise FPTQError("--windows is about perplexity: it needs --text")
+    tasks = None
+    if options.tasks is not None:
+        names = tuple(name.strip() for name in options.tasks.split(","))
+        tasks = TaskSpec(names, options.data_dir, options.limit, options.num_fewshot)
+    return Trial(options.text, options.window, options.windows, tasks)
+
+
+def _announce(options: argparse.Namespace) -> Any:
+    return lambda line: None if options.quiet else print(line, file=sys.stderr, flush=True)
+
+
+def _keep_tables(path: Path, tables: Any, results: Any, options: argparse.Namespace) -> None:
+    """Print tables, and keep them in Markdown, and the figures as JSON, beside each other."""
+    print("\n\n".join(table.text() for table in tables))
+    model = {"model": options.model, "calibration": asdict(_calibration(options))}
+    _write_json(str(path.with_suffix(".json")), {**model, "results": [result.to_dict() for result in results]})
+    try:
+        markdown = "\n\n".join(table.markdown() for table in tables)
+        path.with_suffix(".md").write_text(markdown + "\n", encoding="utf-8")
+    except OSError as cause:
+        raise OutputError(f"{path.with_suffix('.md')}: can't be written ({cause.strerror})") from cause
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -520,15 +717,6 @@ def _print_checkpoint(checkpoint: Checkpoint, *, summary: bool) -> None:
         checkpoint_summary(checkpoint),
     ]
     print("\n\n".join(tables))
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    try:
-        if (folder / RECORD_FILE).exists():
-            return True
-        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
 
 
 _RECIPE_OPTIONS = (

@@ -29,6 +29,11 @@ class Activation(str, Enum):
         """Whether a product is one of integers: the scheme that kernels run. Others are simulated in float."""
         return self in (Activation.STATIC, Activation.DYNAMIC)
 
+    @property
+    def sees_whole_text(self) -> bool:
+        """Whether a token's codes depend on tokens after it, so that texts can only be scored whole."""
+        return self in (Activation.OUTLIERS, Activation.CHANNELS)
+
 
 class Role(str, Enum):
     """What a layer's input is, in the paper's four columns (Tables 8 and 9)."""
@@ -179,6 +184,11 @@ class Recipe:
     def can_be_recorded(self) -> bool:
         """Whether statistics of the float model, as it is, are all that the method calibrates on."""
         return not self.propagate_error and not self.training_steps
+
+    @property
+    def percentile_wanted(self) -> float | None:
+        """The percentile of |x| that has to be observed, None for none."""
+        return self.percentile if self.outliers in ("clip", "winsorize") else None
 
     @property
     def needs_gram(self) -> bool:

@@ -18,7 +18,7 @@ from fptq.checkpoint.format import (
     quantization_config,
     seal,
 )
-from fptq.checkpoint.reader import Checkpoint
+from fptq.checkpoint.reader import Checkpoint, is_checkpoint
 from fptq.checkpoint.writer import CheckpointWriter
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "LayerScheme",
     "QuantizedLinear",
     "cache_tensors",
+    "is_checkpoint",
     "linear_tensors",
     "quantization_config",
     "seal",

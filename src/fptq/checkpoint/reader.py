@@ -36,6 +36,16 @@ from fptq.recipe import Activation
 from fptq.shards import TensorEntry, json_bytes, read_header, read_tensor, sha256_of_file
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder has a checkpoint, sound or not, rather than a float model or nothing."""
+    try:
+        if (folder / RECORD_FILE).exists():
+            return True
+        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
 class Checkpoint:
     """A quantized checkpoint folder that was checked as a whole: files, headers, schemes, shapes and dtypes.
 
@@ -201,6 +211,20 @@ class Checkpoint:
     def simulated(self) -> bool:
         """Whether a layer's scheme is one of our own, which is simulated in float: no other software reads it."""
         return self.config["quantization_config"].get("quant_method") == SIMULATION
+
+    @property
+    def block_layers(self) -> list[str]:
+        """The quantized linear layers of the decoder blocks: all but an int8 head and embedding."""
+        planned = self.record.get("layers", {})
+        return [name for name in self.schemes if planned.get(name, {}).get("role") not in ("head", "embedding")]
+
+    @property
+    def weight_bits(self) -> float:
+        """Average bits of a weight in the decoder blocks' quantized layers, with scales and corrections."""
+        kinds = ("weight_packed", "weight", "weight_scale", "low_rank_up", "low_rank_down")
+        parts = [part for name in self.block_layers for kind in kinds if (part := f"{name}.{kind}") in self.tensors]
+        stored = sum(self.tensors[part][1].stop - self.tensors[part][1].start for part in parts)
+        return 8 * stored / sum(rows * columns for rows, columns in map(self.shape, self.block_layers))
 
     @property
     def tied_head(self) -> bool:

@@ -69,7 +69,7 @@ def _parse_field(change: str, text: str) -> tuple[str, Any]:
     known = {field.name: field for field in fields(Recipe) if field.name != "name"}
     if not separator or key not in known:
         raise QuantizationError(f"'{text}': '{change}' is no FIELD=VALUE; fields are {', '.join(known)}")
-    usual = known[key].default
+    usual: Any = known[key].default
     try:
         if isinstance(usual, bool):
             return key, {"true": True, "false": False}[value.lower()]
@@ -171,7 +171,9 @@ def compare(
     """
     repeated = {c.label for c in contenders if [other.label for other in contenders].count(c.label) > 1}
     if not contenders or repeated:
-        raise EvaluationError(f"recipes to compare: needed at least one, each once{f'; not so {repeated}' * bool(repeated)}")
+        raise EvaluationError(
+            f"recipes to compare: needed at least one, each once{f'; not so {repeated}' * bool(repeated)}"
+        )
     if trial.tasks is not None:
         require_harness()
     comparison = _Comparison(model, trial, folder, calibration, progress, announce)
@@ -218,7 +220,7 @@ class _Comparison:
             )
 
     def _by_recording(self, contenders: Iterable[Contender]) -> dict[Path, list[Contender]]:
-        """Return contenders that can use recorded statistics by the folder of these; one holds one percentile at most."""
+        """Return contenders that can use recorded statistics by their folder; one holds one percentile at most."""
         grouped: dict[Path, list[Contender]] = {}
         percentiles: dict[str, float] = {}
         for contender in contenders:
@@ -226,7 +228,10 @@ class _Comparison:
             if recipe is None or not recipe.can_be_recorded:
                 continue
             name = f"calibration-{_digest(asdict(self._spec(contender)))}"
-            if recipe.percentile_wanted is not None and percentiles.setdefault(name, recipe.percentile) != recipe.percentile:
+            if (
+                recipe.percentile_wanted is not None
+                and percentiles.setdefault(name, recipe.percentile) != recipe.percentile
+            ):
                 name += f"-{recipe.percentile:g}"
             grouped.setdefault(self.folder / "calibration" / name, []).append(contender)
         return grouped
@@ -283,8 +288,8 @@ class _Scores:
         if self._opened is None:
             self._comparison.announce(f"scoring {self._contender.label}")
             name = self._comparison.model if self._checkpoint is None else str(self._checkpoint)
-            self._opened = open_model(name)
-            write_json(self._folder / "model.json", {"runtime": self._opened[0].runtime})
+            self._opened = model, _ = open_model(name)
+            write_json(self._folder / "model.json", {"runtime": f"{model.runtime}, {', '.join(model.kernels)}"})
         return self._opened
 
     def runtime(self) -> str:
@@ -338,7 +343,7 @@ def describe_scheme(recipe: Recipe) -> str:
 
 
 def layer_losses(one: Result, other: Result) -> list[tuple[str, float, float]]:
-    """Return for every layer of both how many dB of signal-to-noise `one` loses against `other`: in all, and by weights.
+    """Return for every layer of both how many dB `one` loses against `other`: in all, and by its weights alone.
 
     The layers that lose most come first. Negative numbers are gains.
     """

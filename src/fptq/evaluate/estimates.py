@@ -24,6 +24,20 @@ def mean(values: Sequence[float]) -> Estimate:
     return Estimate(average, math.sqrt(variance / len(values)))
 
 
+def stratified_mean(strata: Sequence[Sequence[float]]) -> Estimate:
+    """Return the mean of all values; its error comes from the deviations within each stratum, as a benchmark's subject.
+
+    With one stratum this is `mean`.
+    """
+    count = sum(len(values) for values in strata)
+    average = math.fsum(value for values in strata for value in values) / count
+    if count == len(strata):
+        return Estimate(average, None)
+    centers = [math.fsum(values) / len(values) for values in strata]
+    squares = ((x - center) ** 2 for values, center in zip(strata, centers, strict=True) for x in values)
+    return Estimate(average, math.sqrt(math.fsum(squares) / (count - len(strata)) / count))
+
+
 def exponential_of_mean(values: Sequence[float]) -> Estimate:
     """Return exp(mean), the perplexity if the values are losses; its error is the mean's times it (first order)."""
     estimate = mean(values)

@@ -7,6 +7,7 @@ averaged over tokens (tokens of a window are correlated, windows hardly), over e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +17,14 @@ from torch import nn
 
 from fptq.errors import EvaluationError
 from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean
+from fptq.evaluate.requests import Request, answer
+from fptq.integrations.transformers import W4A8Linear, crop_cache, float_cache
 from fptq.models.text import read_jsonl
 from fptq.progress import progress_bar
 from fptq.runtime.engine import Engine
+from fptq.runtime.sampling import Sampling
 
 HEAD_ROWS = 256  # positions whose logits exist at once: 262,144 words of vocabulary are 268 MB
-_BATCH_TOKENS = 4096
 
 
 class Scored(Protocol):
@@ -35,6 +38,25 @@ class Scored(Protocol):
     def context(self) -> int | None:
         """Tokens that a text may have, if it is limited."""
 
+    @property
+    def identity(self) -> str:
+        """What tells its results from another model's; "" if that isn't known."""
+
+    @property
+    def runtime(self) -> str:
+        """What runs it, "engine" or "transformers"."""
+
+    @property
+    def kernels(self) -> list[str]:
+        """Which kernels compute the linear layers."""
+
+    @property
+    def reuses_prefixes(self) -> bool:
+        """Whether what a text shares with the one before isn't computed again.
+
+        Not for a model that looks at a whole text at once, such as one with quantization simulated over all its tokens.
+        """
+
     def score(self, window: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield log p of the whole vocabulary after each token of a window but the last, [up to HEAD_ROWS, vocabulary].
 
@@ -42,12 +64,30 @@ class Scored(Protocol):
             window: token ids [length].
         """
 
-    def predict(self, examples: Sequence[tuple[list[int], int]]) -> list[list[int]]:
-        """Return the likeliest token at every position of each example from `first` on, given all before it.
+    def score_end(self, tokens: Sequence[int], rows: int) -> Iterator[torch.Tensor]:
+        """Yield log p of the whole vocabulary after each of the last `rows` tokens, [up to HEAD_ROWS, vocabulary]."""
 
-        Args:
-            examples: token ids, and `first`.
-        """
+    def write(self, tokens: Sequence[int], tokenizer: Any, writing: Writing) -> str:
+        """Return the text that follows the tokens, up to an end token or one of the stop strings."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a text is to be continued.
+
+    Attributes:
+        max_new_tokens: at most so many.
+        stop: strings that end it; they may or may not be in the result.
+        temperature: of sampling; 0 takes the likeliest token each time.
+        top_k: sample among so many likeliest tokens; 0 among all.
+        top_p: sample among the likeliest tokens of this total probability.
+    """
+
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 class ScoredModel:
@@ -56,19 +96,34 @@ class ScoredModel:
     Args:
         model: in memory.
         new_cache: makes the KV cache of one forward pass, None for no cache.
+        reuses_prefixes: False runs every text whole, in one forward pass of its own.
+        identity: see `Scored.identity`.
     """
 
-    def __init__(self, model: nn.Module, new_cache: Callable[[], Any] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        new_cache: Callable[[], Any] | None = None,
+        *,
+        reuses_prefixes: bool = True,
+        identity: str = "",
+    ):
         self.model = model
+        self.runtime = "transformers"
+        self.kernels = sorted({m.kernel for m in model.modules() if isinstance(m, W4A8Linear)}) or ["float32"]
+        self.identity = identity
         self.vocabulary: int = model.config.vocab_size
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.reuses_prefixes = reuses_prefixes
         self._new_cache = new_cache or (lambda: None)
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
+        self._text: tuple[int, ...] = ()
+        self._cache: Any = None
 
     @torch.no_grad()
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the head's inputs [batch, length, hidden] for token ids [batch, length]."""
-        cache = self._new_cache()
+    def hidden(self, tokens: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        """Return the head's inputs [batch, length, hidden] for token ids [batch, length], after those in the cache."""
+        cache = self._new_cache() if cache is None else cache
         return self.model.base_model(tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     @torch.no_grad()
@@ -84,40 +139,90 @@ class ScoredModel:
         for rows in self.hidden(window[None])[0, :-1].split(HEAD_ROWS):
             yield self.log_probabilities(rows)
 
-    def predict(self, examples: Sequence[tuple[list[int], int]]) -> list[list[int]]:
-        """See `Scored.predict`. Examples are padded on the right: a causal model's earlier positions can't see that."""
-        longest = max(len(tokens) for tokens, _ in examples)
-        hidden = self.hidden(torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in examples]))
-        return [
-            self.log_probabilities(states[first - 1 : len(tokens) - 1]).argmax(1).tolist()
-            for states, (tokens, first) in zip(hidden, examples, strict=True)
-        ]
+    def score_end(self, tokens: Sequence[int], rows: int) -> Iterator[torch.Tensor]:
+        """See `Scored.score_end`."""
+        kept, cache = 0, None
+        if self.reuses_prefixes:
+            kept = min(_shared(self._text, tokens), len(tokens) - rows)
+            if kept == 0 or not crop_cache(self._cache, kept):
+                own = self._new_cache()
+                kept, self._cache = 0, float_cache(self.model) if own is None else own
+            cache = self._cache
+            self._text = ()  # the cache has no text until the forward pass is through
+        hidden = self.hidden(torch.tensor([tokens[kept:]]), cache)[0, -rows:]
+        self._text = tuple(tokens) if self.reuses_prefixes else ()
+        for part in hidden.split(HEAD_ROWS):
+            yield self.log_probabilities(part)
+
+    @torch.no_grad()
+    def write(self, tokens: Sequence[int], tokenizer: Any, writing: Writing) -> str:
+        """See `Scored.write`."""
+        sampling = {"temperature": writing.temperature, "top_k": writing.top_k, "top_p": writing.top_p}
+        greedy = {"temperature": None, "top_k": None, "top_p": None}
+        output = self.model.generate(
+            torch.tensor([tokens]),
+            attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+            max_new_tokens=writing.max_new_tokens,
+            stop_strings=list(writing.stop) or None,
+            tokenizer=tokenizer,
+            past_key_values=self._new_cache(),
+            do_sample=writing.temperature > 0,
+            **(sampling if writing.temperature > 0 else greedy),
+        )
+        return tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)
 
 
 class ScoredEngine:
-    """The native engine to be scored."""
+    """The native engine to be scored. A token's result doesn't depend on what is computed beside or before it."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, *, reuses_prefixes: bool = True, identity: str = ""):
         self.engine = engine
+        self.runtime = "engine"
+        self.kernels = [engine.kernels.target]
+        self.identity = identity
         self.vocabulary = engine.plan.vocabulary
-        self.context = engine.plan.context
+        self.context: int | None = engine.context
+        self.reuses_prefixes = reuses_prefixes
+        self._text: tuple[int, ...] = ()
+        self._sequence = engine.sequence()
 
     def score(self, window: torch.Tensor) -> Iterator[torch.Tensor]:
         """See `Scored.score`."""
+        self._forget()
         for logits in self.engine.score(window[:-1].tolist(), rows=HEAD_ROWS):
             yield torch.log_softmax(torch.from_numpy(logits), dim=-1)
 
-    def predict(self, examples: Sequence[tuple[list[int], int]]) -> list[list[int]]:
-        """See `Scored.predict`."""
-        predicted = []
-        for tokens, first in examples:
-            sequence = self.engine.sequence()
-            try:
-                logits = self.engine.forward([(sequence, tokens[:-1])], last=[len(tokens) - first])
-            finally:
-                sequence.close()
-            predicted.append(logits.argmax(axis=1).tolist())
-        return predicted
+    def score_end(self, tokens: Sequence[int], rows: int) -> Iterator[torch.Tensor]:
+        """See `Scored.score_end`."""
+        first = len(tokens) - rows
+        start = min(_shared(self._text, tokens), first) if self.reuses_prefixes else 0
+        self._sequence.truncate(start)
+        while start < len(tokens):
+            end = min(max(start, first) + HEAD_ROWS, len(tokens))
+            logits = self.engine.forward([(self._sequence, tokens[start:end])], last=[min(end - start, end - first)])
+            start, self._text = end, tuple(tokens[:end])
+            yield torch.log_softmax(torch.from_numpy(logits), dim=-1)
+
+    def write(self, tokens: Sequence[int], tokenizer: Any, writing: Writing) -> str:
+        """See `Scored.write`. The tokenizer is the checkpoint's own."""
+        self._forget()
+        pieces = self.engine.generate(
+            tokens,
+            sampling=Sampling(temperature=writing.temperature, top_k=writing.top_k, top_p=writing.top_p),
+            max_new_tokens=writing.max_new_tokens,
+            stop=writing.stop,
+        )
+        return "".join(piece.text for piece in pieces)
+
+    def _forget(self) -> None:
+        """Give the last text's place in the KV cache back."""
+        self._sequence.truncate(0)
+        self._text = ()
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two texts share at the beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def cut_windows(tokens: list[int], start: list[int], length: int, limit: int | None) -> torch.Tensor:
@@ -167,6 +272,12 @@ def score_windows(
     return scores
 
 
+def window_losses(model: Scored, windows: torch.Tensor, *, progress: bool = True) -> Iterator[float]:
+    """Yield the mean loss of each window [count, length], in nats a token."""
+    for window in _counted(windows, "perplexity", progress):
+        yield _score_window({"model": model}, window)["model"]["loss"] / (len(window) - 1)
+
+
 def _score_window(models: Mapping[str, Scored], window: torch.Tensor) -> dict[str, dict[str, float]]:
     """Return each model's metrics summed over the positions of one window."""
     targets = window[1:, None].split(HEAD_ROWS)
@@ -194,40 +305,27 @@ def score_lambada(
     *,
     progress: bool = True,
 ) -> dict[str, list[bool]]:
-    """Return for each model and text whether greedy decoding gives the text's last word, all its tokens.
-
-    Texts are run in batches of similar length.
-    """
-    examples = [_split_last_word(text, tokenizer) for text in texts]
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]))
-    correct = {name: [False] * len(examples) for name in models}
-    for batch in _counted(list(_batches(order, [len(e[0]) for e in examples])), "LAMBADA", progress):
+    """Return for each model and text whether greedy decoding gives the text's last word, all its tokens."""
+    requests = [_split_last_word(text, tokenizer) for text in texts]
+    correct = {}
+    with progress_bar(len(models) * len(set(requests)), what="LAMBADA", show=progress) as bar:
         for name, model in models.items():
-            for i, predicted in zip(batch, model.predict([examples[i] for i in batch]), strict=True):
-                tokens, first = examples[i]
-                correct[name][i] = predicted == tokens[first:]
+            greedy = {}
+            for request, likelihood in answer(model, requests):
+                greedy[request] = likelihood.greedy
+                bar.update()
+            correct[name] = [greedy[request] for request in requests]
     return correct
 
 
-def _split_last_word(text: str, tokenizer: Any) -> tuple[list[int], int]:
-    """Return a text's token ids and the index of the first one that belongs to its last word."""
+def _split_last_word(text: str, tokenizer: Any) -> Request:
+    """Return the request whether a text's last word follows from the rest."""
     context, _, _ = text.rstrip().rpartition(" ")
-    tokens = list(tokenizer(text.rstrip()).input_ids)
+    tokens = tuple(tokenizer(text.rstrip()).input_ids)
     first = len(tokenizer(context).input_ids)
     if not 0 < first < len(tokens):
         raise EvaluationError(f"LAMBADA text {text[:60]!r} has no last word to predict")
-    return tokens, first
-
-
-def _batches(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for i in order:
-        if batch and lengths[batch[0]] * (len(batch) + 1) > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+    return Request(tokens[:first], tokens[first:])
 
 
 def read_lambada(path: Path, limit: int | None) -> list[str]:

@@ -43,7 +43,9 @@ class Sweep:
         """
         own = {name: getattr(self.recipe, name) for name in self.values}
         if self.grid:
-            wanted = [dict(zip(self.values, combination, strict=True)) for combination in product(*self.values.values())]
+            wanted = [
+                dict(zip(self.values, combination, strict=True)) for combination in product(*self.values.values())
+            ]
         else:
             wanted = [{**own, name: value} for name, values in self.values.items() for value in values]
         possible = [s for s in wanted if s.get("v0", self.recipe.v0) <= s.get("v1", self.recipe.v1)]

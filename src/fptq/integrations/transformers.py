@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, Cache, GenerationConfig, TextStreamer
+from transformers import AutoConfig, Cache, DynamicCache, GenerationConfig, TextStreamer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fptq import numerics
@@ -159,6 +159,22 @@ def new_cache(model: nn.Module) -> Cache | None:
             for s, kind in zip(scales, kinds, strict=True)
         ]
     )
+
+
+def float_cache(model: nn.Module) -> Cache:
+    """Return an empty KV cache in float for any model of transformers."""
+    return DynamicCache(config=model.config)
+
+
+def crop_cache(cache: Cache, length: int) -> bool:
+    """Cut a cache to its first `length` tokens and return True, or False if a sliding window has forgotten some."""
+    found = cache.get_seq_length()
+    windows = [layer.sliding_window for layer in cache.layers if layer.is_sliding]
+    if windows and found >= min(windows):
+        return False
+    if length < found:
+        cache.crop(length - found)  # negative: how many go
+    return True
 
 
 def load(folder: str | Path) -> tuple[nn.Module, Any]:

@@ -44,7 +44,7 @@ class Wanted:
     def of(cls, recipes: Iterable[Recipe], tokens: int) -> Wanted:
         """Return what all of these recipes together need; they may want one percentile."""
         recipes = list(recipes)
-        percentiles = {recipe.percentile for recipe in recipes if recipe.outliers in ("clip", "winsorize")}
+        percentiles = {recipe.percentile_wanted for recipe in recipes} - {None}
         assert len(percentiles) <= 1, percentiles
         return cls(any(recipe.needs_gram for recipe in recipes), next(iter(percentiles), None), tokens)
 

@@ -115,6 +115,7 @@ class _Choice:
 def _choose(group: InputGroup, seen: InputStatistics, recipe: Recipe) -> _Choice:
     v, v0, v1 = seen.range, recipe.v0, recipe.v1
     obstacle = _obstacle(group, recipe)
+    kept = f"not equalized ({obstacle or 'the recipe has no scale'})"
     between_thresholds = v0 < v < v1
     equalize = not obstacle and recipe.equalization != "none" and (between_thresholds or recipe.equalization != "lae")
     fused = f"{_METHODS[recipe.equalization]} fused into {group.source.name}" if equalize and group.source else ""
@@ -139,11 +140,8 @@ def _choose(group: InputGroup, seen: InputStatistics, recipe: Recipe) -> _Choice
     if not obstacle and recipe.outliers != "none":
         return _treat_outliers(seen, recipe, between)
     if group.role is Role.DENSE:
-        return choice(
-            Activation.STATIC,
-            f"{between}, not equalized ({obstacle or 'the recipe has no scale'}): attention output stays static below v1",
-        )
-    return choice(Activation.DYNAMIC, f"{between}, not equalized ({obstacle or 'the recipe has no scale'})")
+        return choice(Activation.STATIC, f"{between}, {kept}: attention output stays static below v1")
+    return choice(Activation.DYNAMIC, f"{between}, {kept}")
 
 
 def _treat_outliers(seen: InputStatistics, recipe: Recipe, why: str) -> _Choice:

@@ -131,11 +131,18 @@ def _scale(axis: Any, field: str, values: Sequence[float]) -> None:
     axis.minorticks_off()
 
 
-def _pyplot() -> Any:
+def require_plots() -> None:
+    """Raise MissingDependencyError unless matplotlib is installed."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ModuleNotFoundError as cause:
         raise MissingDependencyError("plots need matplotlib: pip install 'fptq[eval]'") from cause
+
+
+def _pyplot() -> Any:
+    require_plots()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

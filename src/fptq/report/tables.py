@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fptq.checkpoint import Checkpoint
 from fptq.evaluate.estimates import Estimate
+from fptq.evaluate.scores import PERPLEXITY, TaskScore
+from fptq.recipe import Activation, Recipe
 from fptq.runtime.benchmark import Ceilings, Measurement
 from fptq.runtime.doctor import PACKAGES, Diagnosis
 
 _ROLES = {"qkv": "QKV", "dense": "Dense", "fc1": "FC1", "fc2": "FC2", "head": "Head", "embedding": "·"}
-_SHORT = {"static per-tensor": "static", "dynamic per-token": "dynamic", "none": "float"}
+_SHORT = {
+    Activation.STATIC.value: "static",
+    Activation.DYNAMIC.value: "dynamic",
+    Activation.NONE.value: "float",
+    Activation.FP8.value: "fp8",
+    Activation.OUTLIERS.value: "outliers",
+    Activation.CLUSTERS.value: "clusters",
+    Activation.CHANNELS.value: "channels",
+}
+_EQUALIZED = "equalized "
+_SHOWN = ("v0", "v1", "alpha")  # also where they are as usual
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -81,8 +94,8 @@ def benchmark_table(
 
 
 def plan_table(layers: dict[str, dict[str, Any]]) -> str:
-    """Return the plan layer by layer: ranges before and after LAE, scheme, and the measured signal-to-noise."""
-    header = ["layer", "input", "range", "after LAE", "activations", "group", "SQNR dB", "weights only"]
+    """Return the plan layer by layer: ranges before and after equalization, scheme, and signal-to-noise."""
+    header = ["layer", "input", "range", "equalized", "activations", "group", "SQNR dB", "weights only"]
     rows = []
     for name, layer in layers.items():
         equalized = layer["equalized_by"] is not None
@@ -92,13 +105,22 @@ def plan_table(layers: dict[str, dict[str, Any]]) -> str:
                 _ROLES[layer["role"]],
                 _known(layer["range_before"], ".4g"),
                 _known(layer["range_after"] if equalized else None, ".4g"),
-                "·" if layer["role"] == "embedding" else ("LAE + " if equalized else "") + _SHORT[layer["activation"]],
-                str(layer["group_size"] or "int8"),
+                "·"
+                if layer["role"] == "embedding"
+                else (_EQUALIZED if equalized else "") + _SHORT[layer["activation"]],
+                "int8" if layer["weight_bits"] == 8 else str(layer["group_size"]),
                 _known(layer.get("sqnr_db"), ".1f"),
                 _known(layer.get("weight_sqnr_db"), ".1f"),
             ]
         )
     return format_table(header, rows)
+
+
+def _setting(value: Any) -> str:
+    """Return a recipe's setting in words."""
+    if isinstance(value, list):
+        return "+".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _known(value: float | None, form: str) -> str:
@@ -107,12 +129,13 @@ def _known(value: float | None, form: str) -> str:
 
 def policy_table(layers: dict[str, dict[str, Any]]) -> str:
     """Return how many layers of each role got which scheme."""
-    schemes = ["static", "LAE + static", "dynamic", "float"]
+    plain = list(_SHORT.values())
+    schemes = [prefix + scheme for scheme in plain for prefix in ("", _EQUALIZED)]
     counts: dict[str, dict[str, int]] = {}
     for layer in layers.values():
         if layer["role"] == "embedding":  # a lookup: it has no activations
             continue
-        scheme = ("LAE + " if layer["equalized_by"] else "") + _SHORT[layer["activation"]]
+        scheme = (_EQUALIZED if layer["equalized_by"] else "") + _SHORT[layer["activation"]]
         row = counts.setdefault(_ROLES[layer["role"]], dict.fromkeys(schemes, 0))
         row[scheme] += 1
     shown = [s for s in schemes if any(row[s] for row in counts.values())]
@@ -124,7 +147,7 @@ def range_table(layers: dict[str, dict[str, Any]], statistics: dict[str, np.ndar
 
     Args:
         layers: the plan by full layer name.
-        statistics: `<layer>.channel_max` before LAE, and `<layer>.channel_max_after` where there is one.
+        statistics: `<layer>.channel_max` before equalization, and `<layer>.channel_max_after` where there is one.
     """
     extremes: dict[str, list[np.ndarray]] = {}
     for role, name in dict.fromkeys((layer["role"], layer["input"]) for layer in layers.values()):
@@ -135,7 +158,7 @@ def range_table(layers: dict[str, dict[str, Any]], statistics: dict[str, np.ndar
                 np.array([[before.min(), before.max()], [after.min(), after.max()]])
             )
     rows = []
-    for title, which in (("before LAE", 0), ("after LAE", 1)):
+    for title, which in (("before equalization", 0), ("after", 1)):
         cells = [title]
         for stacked in extremes.values():
             cells.append(f"{min(r[which, 0] for r in stacked):.4g} / {max(r[which, 1] for r in stacked):.4g}")
@@ -147,25 +170,26 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     """Return size, bits a weight, recipe and calibration in a few lines."""
     record = checkpoint.record
     shards = {path for path, _ in checkpoint.tensors.values()}
-    int4 = {name: record["layers"][name] for name, scheme in checkpoint.schemes.items() if scheme.bits == 4}
-    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in int4.values())
-    parts = (f"{name}.{kind}" for name in int4 for kind in ("weight_packed", "weight_scale"))
-    stored = sum(entry.stop - entry.start for _, entry in map(checkpoint.tensors.__getitem__, parts))
-    int8 = ", ".join(sorted(checkpoint.schemes.keys() - int4.keys()))
-    worst = sorted(int4.items(), key=lambda item: item[1]["sqnr_db"])[:3]
+    inside = {name: record["layers"][name] for name in checkpoint.block_layers}
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in inside.values())
+    bits = " and ".join(f"int{n}" for n in sorted({layer["weight_bits"] for layer in inside.values()}))
+    outside = ", ".join(sorted(checkpoint.schemes.keys() - inside.keys()))
+    worst = sorted(inside.items(), key=lambda item: item[1]["sqnr_db"])[:3]
     calibration = record["calibration"]
     recipe = record["recipe"]
-    changes = f", always dynamic: {', '.join(recipe['dynamic'])}" if recipe["dynamic"] else ""
-    changes += f", in float: {', '.join(recipe['skip'])}" if recipe["skip"] else ""
-    sizes = Counter(layer["group_size"] for layer in int4.values())
+    usual, idle = Recipe("").to_dict(), {"name", *Recipe.from_dict(recipe).idle_fields()}
+    shown = {key: value for key, value in recipe.items() if key not in idle and (value != usual[key] or key in _SHOWN)}
+    settings = ", ".join(f"{key} {_setting(value)}" for key, value in shown.items())
+    sizes = Counter(layer["group_size"] for layer in inside.values())
     groups = ", ".join(f"{size} in {count} layers" for size, count in sorted(sizes.items()))
+    simulated = ["  no engine runs this method: it is simulated in float"] if checkpoint.simulated else []
     return "\n".join(
         [
             f"{checkpoint.folder}: {sum(p.stat().st_size for p in shards) / 1e6:.1f} MB in {len(shards)} shard(s)",
-            f"  {weights / 1e6:.1f} M weights in int4, {8 * stored / weights:.2f} bits each with their scales; "
-            f"KV cache {'int8' if record['cache'] else 'float'}" + (f"; int8 by rows: {int8}" if int8 else ""),
-            f"  recipe {recipe['name']}: v0 {recipe['v0']:g}, v1 {recipe['v1']:g}, alpha {recipe['alpha']:g}{changes}; "
-            f"weight groups of {groups}",
+            f"  {weights / 1e6:.1f} M weights in {bits}, {checkpoint.weight_bits:.2f} bits each with their scales; "
+            f"KV cache {'int8' if record['cache'] else 'float'}" + (f"; int8 by rows: {outside}" if outside else ""),
+            f"  recipe {recipe['name']}: {settings or 'no settings'}; weight groups of {groups}",
+            *simulated,
             f"  calibrated on {calibration['source']}: {calibration['samples']} samples of {calibration['length']} "
             f"tokens, seed {calibration['seed']}, fingerprint {calibration['fingerprint'][:12]}",
             "  least signal-to-noise: " + ", ".join(f"{name} {layer['sqnr_db']:.1f} dB" for name, layer in worst),
@@ -173,7 +197,9 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     )
 
 
-def accuracy_table(quantized: dict[str, Estimate], reference: dict[str, Estimate] | None) -> str:
+def accuracy_table(
+    quantized: dict[str, Estimate], reference: dict[str, Estimate] | None, subject: str = "quantized"
+) -> str:
     """Return the metrics of both models side by side, each with its standard error; differences are paired."""
     labels = {
         "perplexity": "perplexity",
@@ -183,7 +209,7 @@ def accuracy_table(quantized: dict[str, Estimate], reference: dict[str, Estimate
     }
     shown = [metric for metric in labels if metric in quantized]
     if reference is None:
-        return format_table(["", "quantized"], [[labels[m], format_estimate(quantized[m])] for m in shown])
+        return format_table(["", subject], [[labels[m], format_estimate(quantized[m])] for m in shown])
     rows = []
     for metric in shown:
         base = format_estimate(reference[metric]) if metric in reference else ""
@@ -195,7 +221,34 @@ def accuracy_table(quantized: dict[str, Estimate], reference: dict[str, Estimate
             points = quantized["lambada_difference"]
             difference = format_estimate(Estimate(100 * points.value, _scaled(points.standard_error)), "+") + " points"
         rows.append([labels[metric], base, format_estimate(quantized[metric]), difference])
-    return format_table(["", "float", "quantized", "difference"], rows)
+    return format_table(["", "reference" if subject == "float" else "float", subject, "difference"], rows)
+
+
+def task_table(scores: dict[str, TaskScore], reference: dict[str, TaskScore] | None, subject: str = "quantized") -> str:
+    """Return every metric of every task, the one to quote first, as accuracy_table does; accuracies in percent."""
+    header = ["task", "metric", "examples", "documents", subject]
+    if reference is not None:
+        header[4:] = ["reference" if subject == "float" else "float", subject, "difference"]
+    rows = []
+    for name, score in scores.items():
+        estimates = score.estimates
+        for metric in sorted(estimates, key=lambda metric: metric != score.metric):
+            figure = partial(_figure, metric)
+            figures = [figure(estimates[metric])]
+            if reference is not None:
+                difference = score.differences(reference[name])[metric]
+                figures = [figure(reference[name].estimates[metric]), *figures, _figure(metric, difference, "+")]
+            first = metric == score.metric
+            counts = [str(score.num_fewshot), str(sum(score.documents.values()))]
+            rows.append([name if first else "", metric, *(counts if first else ["", ""]), *figures])
+    return format_table(header, rows)
+
+
+def _figure(metric: str, estimate: Estimate, sign: str = "") -> str:
+    if metric != PERPLEXITY:
+        percent = format_estimate(Estimate(100 * estimate.value, _scaled(estimate.standard_error)), sign)
+        return f"{percent} {'points' if sign else '%'}"
+    return format_estimate(estimate) if not sign else f"× {format_estimate(estimate)}"
 
 
 def format_estimate(estimate: Estimate, sign: str = "") -> str:
