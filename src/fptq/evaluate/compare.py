@@ -246,7 +246,8 @@ class _Comparison:
             dtype = self.source.storage_dtype()
             bits = 8.0 * dtype.itemsize
             scheme = f"W{bits:.0f}A{bits:.0f}"
-            return Result(FLOAT, scheme, bits, sum(sizes) * dtype.itemsize, "transformers, float32", losses, tasks, {})
+            size = sum(sizes) * dtype.itemsize
+            return Result(contender.label, scheme, bits, size, scores.runtime(), losses, tasks, {})
         opened = Checkpoint.open(checkpoint)
         assert contender.recipe is not None
         return Result(

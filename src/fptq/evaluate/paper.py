@@ -58,6 +58,7 @@ PAPER_TABLES: dict[str, PaperTable] = {
     "6": PaperTable(
         "Table 6: calibration on text and on random tokens",
         (
+            _FLOAT,  # which the paper's table hasn't
             ("text, W8A8", "smoothquant-w8a8"),
             ("random, W8A8", "smoothquant-w8a8@random"),
             ("text, W4A8", "fptq"),
