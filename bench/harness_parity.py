@@ -3,7 +3,7 @@
     python bench/harness_parity.py demo --data-dir DIR --limit 40
     python bench/harness_parity.py demo --data-dir DIR --tasks mmlu --limit 1 --json parity.json
 
-Prints for each task both accuracies, how many documents' metrics differ, the largest difference of a log-likelihood, and
+Prints for each task both accuracies, how many metrics differ, the largest difference of a log-likelihood, and
 the seconds of both, loading the data included; of ours also without reuse of prefixes if --no-reuse is given.
 """
 
