@@ -3,8 +3,8 @@
     python bench/harness_parity.py demo --data-dir DIR --limit 40
     python bench/harness_parity.py demo --data-dir DIR --tasks mmlu --limit 1 --json parity.json
 
-Prints for each task both accuracies and the largest difference of a log-likelihood, and for both the seconds and the
-tokens that a text-by-text computation would read; ours is also timed without reuse of prefixes if --no-reuse is given.
+Prints for each task both accuracies, how many metrics differ, the largest difference of a log-likelihood, and
+the seconds of both, loading the data included; of ours also without reuse of prefixes if --no-reuse is given.
 """
 
 import argparse

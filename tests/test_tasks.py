@@ -310,15 +310,15 @@ def test_reuse_of_prefixes_with_the_int8_cache(checkpoint: Path) -> None:
 
 def test_a_failed_text_leaves_no_prefix_behind(model: Path) -> None:
     scored = Counting(open_float(model)[0].model)
-    request, other = Request((5, 6, 7), (8,)), Request((5, 6, 9), (8,))
-    expected = dict(answer(Counting(scored.model), [other]))
-    dict(answer(scored, [request]))
+    before, failing, after = (Request((5, 6, *rest), (8,)) for rest in ((7, 9, 10, 11), (12, 13), (7, 9, 10, 11, 14)))
+    expected = dict(answer(Counting(scored.model), [after]))
+    dict(answer(scored, [before]))
     scored.fails_after = 1
     with pytest.raises(KeyboardInterrupt):
-        dict(answer(scored, [other]))
+        dict(answer(scored, [failing]))
     scored.fails_after = None
-    assert dict(answer(scored, [other]))[other].log_probability == pytest.approx(
-        expected[other].log_probability, abs=1e-5
+    assert dict(answer(scored, [after]))[after].log_probability == pytest.approx(
+        expected[after].log_probability, abs=1e-5
     )
 
 
