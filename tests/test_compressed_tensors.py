@@ -53,6 +53,9 @@ thousand times the tolerance.
 
 ALL_STATIC = Recipe("all static", v1=1e30, fuse_into_linear=True)
 MIXED = Recipe("mixed", skip=("model.layers.0.self_attn.o_proj",))
+INT8_STATIC = Recipe("int8", weight_bits=8, activations="static", equalization="smoothquant", alpha=0.5)
+BY_ROWS = Recipe("by rows", group_size=0, activations="static", equalization="none")
+FP8 = Recipe("fp8", activations="fp8", equalization="none")
 WEIGHT_ONLY = Recipe("weights", activations="float", equalization="none", kv_cache="float")
 SKIPPED = "model.layers.0.self_attn.o_proj"
 
@@ -246,7 +249,9 @@ def test_the_model_has_layers_of_every_class(make_checkpoint: Callable[[Recipe],
     assert any("down_proj" in name and layer["equalized_by"] for name, layer in static.items())
 
 
-@pytest.mark.parametrize("recipe", [MIXED, ALL_STATIC, WEIGHT_ONLY], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    "recipe", [MIXED, ALL_STATIC, WEIGHT_ONLY, INT8_STATIC, BY_ROWS, FP8], ids=lambda recipe: recipe.name
+)
 def test_the_stock_model_holds_exactly_our_numbers(make_checkpoint: Callable[[Recipe], Path], recipe: Recipe) -> None:
     """A code has 4 bits and a scale 8, so their product is exact in float32: equal, not close."""
     checkpoint = Checkpoint.open(make_checkpoint(recipe))
@@ -323,8 +328,9 @@ def test_the_page_on_the_format_names_every_field(make_checkpoint: Callable[[Rec
 # --- the same logits --------------------------------------------------------------------------------------------------
 
 
-def test_a_static_checkpoint_gives_our_logits(make_checkpoint: Callable[[Recipe], Path]) -> None:
-    folder = make_checkpoint(ALL_STATIC)
+@pytest.mark.parametrize("recipe", [ALL_STATIC, INT8_STATIC, BY_ROWS, FP8], ids=lambda recipe: recipe.name)
+def test_a_static_checkpoint_gives_our_logits(make_checkpoint: Callable[[Recipe], Path], recipe: Recipe) -> None:
+    folder = make_checkpoint(recipe)
     largest, differences = largest_difference(folder, load_stock(folder))
     assert largest < TOLERANCE, differences
     assert len(differences) == 2 * 7 + 2 * 2 + 1

@@ -35,7 +35,7 @@ REFUSED = ("opt-post-norm", "gpt_neox", "gpt_neox-sequential-relu", "falcon-7b",
 def checkpoint_of(folder: Path, variant: str, *, recipe: dict | None = None, **changes: object) -> Path:
     model = save_tiny(folder / "model", variant, spread=0.5, **changes)
     save_tokenizer(model, chat=True)
-    wanted = get_recipe("fptq", group_size=32, **(recipe or {}))
+    wanted = get_recipe("fptq", **{"group_size": 32, **(recipe or {})})
     return quantize(str(model), folder / "q", wanted, RANDOM, Options(progress=False))
 
 
@@ -44,6 +44,11 @@ MODELS = {name: (name, {}, {}) for name in VARIANTS if name not in REFUSED} | {
     "gemma2-head8-capped": ("gemma2", {"lm_head": "int8"}, {"final_logit_softcapping": 3.0}),
     "untied-head8": ("llama-bias-untied", {"lm_head": "int8"}, {}),
     "one-layer-in-float": ("llama", {"skip": ("model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj")}, {}),
+    "int8-weights": ("llama", {"weight_bits": 8}, {}),
+    "int8-weights-of-attention": ("gemma3", {"int8_roles": ("qkv", "dense")}, {}),
+    "int8-weights-dynamic": ("phi3", {"weight_bits": 8, "activations": "dynamic"}, {}),
+    "int4-by-rows": ("qwen2", {"group_size": 0}, {}),
+    "int4-by-rows-static": ("opt", {"group_size": 0, "activations": "static", "equalization": "none"}, {}),
     "all-dynamic": ("qwen2", {"v0": 0.0, "v1": 0.0}, {}),
     "odd-widths": (
         "llama",

@@ -19,6 +19,7 @@ from fptq.errors import EvaluationError
 from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean
 from fptq.evaluate.requests import Request, answer
 from fptq.integrations.transformers import W4A8Linear, crop_cache, float_cache
+from fptq.models.loading import cache_argument
 from fptq.models.text import read_jsonl
 from fptq.progress import progress_bar
 from fptq.runtime.engine import Engine
@@ -109,6 +110,7 @@ class ScoredModel:
         identity: str = "",
     ):
         self.model = model
+        self._base: Any = model.base_model
         self.runtime = "transformers"
         self.kernels = sorted({m.kernel for m in model.modules() if isinstance(m, W4A8Linear)}) or ["float32"]
         self.identity = identity
@@ -124,7 +126,7 @@ class ScoredModel:
     def hidden(self, tokens: torch.Tensor, cache: Any = None) -> torch.Tensor:
         """Return the head's inputs [batch, length, hidden] for token ids [batch, length], after those in the cache."""
         cache = self._new_cache() if cache is None else cache
-        return self.model.base_model(tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        return self._base(tokens, **cache_argument(self._base, cache), use_cache=cache is not None).last_hidden_state
 
     @torch.no_grad()
     def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -165,7 +167,7 @@ class ScoredModel:
             max_new_tokens=writing.max_new_tokens,
             stop_strings=list(writing.stop) or None,
             tokenizer=tokenizer,
-            past_key_values=self._new_cache(),
+            **cache_argument(self.model, self._new_cache()),
             do_sample=writing.temperature > 0,
             **(sampling if writing.temperature > 0 else greedy),
         )

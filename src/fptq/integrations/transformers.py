@@ -26,7 +26,7 @@ from fptq.errors import CheckpointError, GenerationError
 from fptq.integrations.torch_ops import linear as torch_linear
 from fptq.integrations.torch_ops import shared_kernels
 from fptq.models.architectures import attention_name, get_architecture
-from fptq.models.loading import build_skeleton, fill_buffers, load_tokenizer, tied_names
+from fptq.models.loading import build_skeleton, cache_argument, fill_buffers, load_tokenizer, tied_names
 from fptq.models.simulation import simulated_input
 from fptq.recipe import Activation
 from fptq.runtime import reference
@@ -315,7 +315,7 @@ def generate(
         input_ids=inputs.input_ids,
         attention_mask=inputs.attention_mask,
         max_new_tokens=max_new_tokens,
-        past_key_values=new_cache(model),
+        **cache_argument(model, new_cache(model)),
         streamer=_Streamer(tokenizer, on_text) if on_text else None,
         **(sampling if temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
     )

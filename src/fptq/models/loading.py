@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -345,6 +346,12 @@ def head_layers(model: nn.Module) -> list[str]:
         return []
     names = {module: name for name, module in model.named_modules()}
     return [names[module] for module in (embedding, head) if module is head or module.weight is head.weight]
+
+
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """Return the keyword argument that hands a KV cache to a model: `cache`, or `past_key_values` before 5.24."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 def fill_buffers(model: nn.Module, module: nn.Module, skip: set[nn.Module] | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from fptq.models.loading import FloatModel
+from fptq.models.loading import FloatModel, cache_argument
 
 CacheObserver = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -71,7 +71,8 @@ class BlockStepper:
         for block in blocks:
             block.forward = stub
         try:
-            self.source.model.base_model(input_ids=tokens, use_cache=True, past_key_values=self._placeholder)
+            base: Any = self.source.model.base_model
+            base(input_ids=tokens, use_cache=True, **cache_argument(base, self._placeholder))
         except _AllNotedError:
             pass
         finally:
