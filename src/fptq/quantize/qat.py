@@ -51,7 +51,8 @@ class TrainingSpec:
         steps: updates of the weights.
         batch: sequences in a step. The text has steps · batch of them: none is seen twice.
         length: tokens in a sequence.
-        learning_rate: of the first step; it falls to zero along a half cosine.
+        learning_rate: of the first step; it falls to zero along a half cosine. The default suits the few steps that a
+            CPU has time for (docs/experiments.md, 2026-11-26); the paper's for its 100,000 sequences is 2e-5.
         weight_bits: of a weight's code.
         group_size: input channels that share a weight scale; 0 is one scale for each output channel. Where it doesn't
             divide a layer's in_features, a smaller one is taken, as in every recipe.
@@ -64,7 +65,7 @@ class TrainingSpec:
     steps: int = 100
     batch: int = 8
     length: int = 256
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     weight_bits: int = numerics.WEIGHT_BITS
     group_size: int = 0
     quantize_activations: bool = True
