@@ -20,7 +20,7 @@ from torch import nn
 
 from fptq.errors import ArchitectureError, FPTQError, ModelError
 from fptq.models.architectures import Architecture, InputGroup, get_architecture
-from fptq.models.sources import GGUFSource, SafetensorsSource, TensorSource, locate, open_gguf
+from fptq.models.sources import GGUFSource, ReplacedTensors, SafetensorsSource, TensorSource, locate, open_gguf
 from fptq.shards import sha256_of_file
 
 # Buffers that old files carry and that today's models compute: rotary frequencies and causal masks.
@@ -82,6 +82,17 @@ class FloatModel:
         config = _read_gguf_config(location, reader)
         skeleton = build_skeleton(config)
         return cls(name, location, config, skeleton, GGUFSource(location, skeleton, reader))
+
+    def with_weights(self, path: Path) -> FloatModel:
+        """Return this model with other values for the tensors that the safetensors file `path` has, in float32.
+
+        The tensors there have their names in the model's state dict. The transformers model is shared.
+
+        Raises:
+            ModelError: the file can't be read, or has a tensor that doesn't fit the model.
+        """
+        tensors = ReplacedTensors(self.tensors, path, self.file_names)
+        return FloatModel(self.name, self.location, self.config, self.model, tensors)
 
     def _match_names(self) -> dict[str, str]:
         """Return the file's name of each tensor in the state dict; files may leave out the base model's prefix.
@@ -195,6 +206,15 @@ class FloatModel:
         self.load(self.model, "", dtype)
         self.model.tie_weights()
         return self.model.eval()
+
+    @contextmanager
+    def loaded(self, dtype: torch.dtype) -> Iterator[nn.Module]:
+        """Give the whole model in memory, ready to run in `dtype`, and drop its weights afterwards."""
+        try:
+            yield self.load_all(dtype)
+        finally:
+            self.model.to("meta")
+            self.model.tie_weights()
 
     def storage_dtype(self) -> torch.dtype:
         """Return the dtype that unquantized tensors are kept in by default: the source's own."""

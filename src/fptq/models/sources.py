@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,6 +76,49 @@ class SafetensorsSource:
         """Return name, size and time of change of each shard."""
         stats = [(path, path.stat()) for path in sorted({path for path, _ in self._entries.values()})]
         return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+class ReplacedTensors:
+    """A source some of whose tensors have other values, which a safetensors file has in float32.
+
+    Args:
+        base: the source.
+        path: the file.
+        names: the base's name of each tensor that the file may have.
+
+    Raises:
+        ModelError: the file can't be read, or a tensor in it has no place in the base, another shape, or another dtype.
+    """
+
+    def __init__(self, base: TensorSource, path: Path, names: Mapping[str, str]):
+        self._base = base
+        self._path = path
+        self.shapes = base.shapes
+        self._entries: dict[str, TensorEntry] = {}
+        for name, entry in read_header(path, ModelError).items():
+            if name not in names:
+                raise ModelError(f"{path}: tensor '{name}' has no place in the model; the file belongs to another one")
+            needed = base.shapes[names[name]]
+            if entry.shape != needed or entry.dtype != np.float32:
+                raise ModelError(
+                    f"{path}: tensor '{name}' is {entry.dtype} {list(entry.shape)}, needed float32 {list(needed)}; "
+                    "the file belongs to another model"
+                )
+            self._entries[names[name]] = entry
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the tensor `name`: the file's, or else the base's."""
+        entry = self._entries.get(name)
+        return self._base.read(name) if entry is None else torch.from_numpy(read_tensor(self._path, entry))
+
+    def storage_dtype(self) -> torch.dtype:
+        """Return the base's."""
+        return self._base.storage_dtype()
+
+    def identity(self) -> list[list[Any]]:
+        """Return the base's identity, and name, size and time of change of the file."""
+        stat = self._path.stat()
+        return [*self._base.identity(), [self._path.name, stat.st_size, stat.st_mtime_ns]]
 
 
 def _find_shards(folder: Path) -> list[Path]:

@@ -17,18 +17,22 @@ from transformers import DynamicCache
 from fptq.models.loading import FloatModel, cache_argument
 
 CacheObserver = Callable[[torch.Tensor, torch.Tensor], None]
+CacheVisitor = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-class _ObservedCache(DynamicCache):
-    """Stands in for the KV cache: shows keys and values, as attention hands them over, and keeps nothing."""
+class PassingCache(DynamicCache):
+    """Stands in for the KV cache of one forward pass: attention gets what `visitor` makes of keys and values.
 
-    def __init__(self, observer: CacheObserver):
+    It keeps nothing. Keys and values are [batch, heads, length, head_dim].
+    """
+
+    def __init__(self, visitor: CacheVisitor):
         super().__init__()
-        self._observer = observer
+        self._visitor = visitor
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        self._observer(key_states, value_states)
-        return key_states, value_states
+        """Return what attention computes with."""
+        return self._visitor(key_states, value_states)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,13 @@ class BlockStepper:
         The block's weights must be loaded in that dtype.
         """
         call = self._calls[hidden.shape[0]][index]
-        cache = _ObservedCache(observe_cache or (lambda keys, values: None))
+
+        def visit(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if observe_cache is not None:
+                observe_cache(keys, values)
+            return keys, values
+
+        cache = PassingCache(visit)
 
         def localize(value: Any) -> Any:
             if value is self._placeholder:

@@ -93,13 +93,23 @@ def load_calibration(spec: CalibrationSpec, tokenizer: Any | None, vocabulary_si
     return CalibrationData(tokens, spec)
 
 
-def _random_tokens(spec: CalibrationSpec, tokenizer: Any | None, vocabulary_size: int) -> np.ndarray:
+def plain_tokens(tokenizer: Any | None, vocabulary_size: int) -> np.ndarray:
+    """Return the ids of all tokens that aren't special, int64: of the whole vocabulary where there is no tokenizer.
+
+    Raises:
+        CalibrationError: there are none.
+    """
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) if tokenizer is not None else set()
     usable = np.array([i for i in range(vocabulary_size) if i not in special], dtype=np.int64)
     if tokenizer is not None:
         usable = usable[usable < len(tokenizer)]
     if usable.size == 0:
         raise CalibrationError("the vocabulary has only special tokens: there is nothing to draw from")
+    return usable
+
+
+def _random_tokens(spec: CalibrationSpec, tokenizer: Any | None, vocabulary_size: int) -> np.ndarray:
+    usable = plain_tokens(tokenizer, vocabulary_size)
     start = beginning_of_sequence(tokenizer)
     tokens = np.random.default_rng(spec.seed).choice(usable, size=(spec.samples, spec.length))
     tokens[:, : len(start)] = start
