@@ -385,6 +385,21 @@ def test_error_is_propagated_where_the_recipe_says_so(model: Path, tmp_path: Pat
     assert propagated[name.format(1)]["range_before"] == pytest.approx(max(seen), rel=1e-5)
 
 
+def test_training_comes_before_rounding(model: Path, tmp_path: Path) -> None:
+    """A killed training goes on, and the codes are those of the trained weights, not of the model's."""
+    recipe = get_recipe("llm-qat", training_steps=2)
+    trained = make(model, recipe, tmp_path / "trained")
+    plain = make(model, get_recipe("rtn-w4a8-channel"), tmp_path / "plain")
+    layer = "model.layers.0.mlp.up_proj"
+    assert (trained.read_linear(layer).codes != plain.read_linear(layer).codes).any()
+    assert trained.schemes == plain.schemes
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert trained.read(name).tobytes() == plain.read(name).tobytes()
+    assert Recipe.from_dict(trained.record["recipe"]).training_steps == 2
+    longer = make(model, get_recipe("llm-qat", training_steps=3), tmp_path / "longer")
+    assert (longer.read_linear(layer).codes != trained.read_linear(layer).codes).any()
+
+
 def test_settings_change_the_result(model: Path, tmp_path: Path) -> None:
     def codes(**changes: object) -> bytes:
         number = len(list(tmp_path.iterdir()))

@@ -40,6 +40,7 @@ from fptq.quantize.calibration import CalibrationData, CalibrationSpec, load_cal
 from fptq.quantize.equalize import equalize_
 from fptq.quantize.observe import BlockStatistics, Wanted
 from fptq.quantize.policy import BlockPlan, choose_group_size, decide, decide_head, is_skipped
+from fptq.quantize.qat import TrainingSpec, disk_bytes, train
 from fptq.quantize.recording import Recording
 from fptq.quantize.rounding import cache_scales, round_head, round_weights
 from fptq.quantize.sqnr import measure_sqnr
@@ -123,6 +124,19 @@ def record(
     Recording(source, data.tokens, getattr(torch, compute_dtype), folder).make(wanted, progress=progress)
 
 
+def training_spec(recipe: Recipe) -> TrainingSpec | None:
+    """Return how a recipe trains before it quantizes: for the very weights and inputs that it will have."""
+    if not recipe.training_steps:
+        return None
+    return TrainingSpec(
+        recipe.training_steps,
+        weight_bits=recipe.weight_bits,
+        group_size=PER_CHANNEL if recipe.weight_bits == 8 else recipe.group_size,
+        quantize_activations=recipe.quantizes_activations,
+        skip=recipe.skip,
+    )
+
+
 def _load_calibration(source: FloatModel, calibration: CalibrationSpec) -> CalibrationData:
     source.check_length(calibration.length, CalibrationError)
     return load_calibration(calibration, source.tokenizer, source.config.vocab_size)
@@ -147,6 +161,7 @@ class _Job:
         self.head = decide_head(head_layers(source.model), recipe)
         auto = options.storage_dtype == "auto"
         self.storage_dtype = source.storage_dtype() if auto else getattr(torch, options.storage_dtype)
+        self.training = training_spec(recipe)
         self.workspace = Workspace(destination, self._identity(), overwrite=options.overwrite)
         self.walk = self._calibration_walk(recording)
 
@@ -170,6 +185,7 @@ class _Job:
             "files": self.source.tensors.identity(),
             "companions": self.source.companion_digests(),
             "recipe": self.recipe.to_dict(),
+            "training": self.training.to_dict() if self.training else None,
             "calibration": self.data.describe(),
             "compute_dtype": self.options.compute_dtype,
             "storage_dtype": str(self.storage_dtype).removeprefix("torch."),
@@ -183,8 +199,14 @@ class _Job:
                 return self.workspace.destination
             activations = self.walk.disk_bytes()
             hint = f"{activations / 1e9:.2f} GB of it calibration activations: fewer --samples need less"
-            self.workspace.require_space(activations + 2 * self._checkpoint_bytes(), hint)
+            training = disk_bytes(self.source, self.training) if self.training else 0
+            self.workspace.require_space(activations + training + 2 * self._checkpoint_bytes(), hint)
             writer = self.workspace.claim()
+            if self.training:
+                folder = self.workspace.folder / "training"
+                trained = train(self.source, self.training, folder, progress=self.options.progress)
+                self.source = self.source.with_weights(trained)
+                self.walk = self._calibration_walk(None)
             reached = self.workspace.next_block()
             if reached is None:
                 self._write_outside(writer)

@@ -62,9 +62,9 @@ class TrainingSpec:
         seed: of the text.
     """
 
-    steps: int = 100
-    batch: int = 8
-    length: int = 256
+    steps: int = 50
+    batch: int = 4
+    length: int = 128
     learning_rate: float = 3e-4
     weight_bits: int = numerics.WEIGHT_BITS
     group_size: int = 0
