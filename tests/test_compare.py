@@ -294,7 +294,7 @@ def test_a_table_of_the_paper(
     model: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Groups of 128 don't fit the tiny model's 96 channels: they fall back to 32."""
-    options = ["--table", "10", "--data-dir", str(data_dir), "--limit", "3"]
+    options = ["--table", "10", "--data-dir", str(data_dir), "--limit", "1", "--limit", "lambada_openai=3"]
     assert main(["compare", str(model), "-o", str(tmp_path), *options, *COMMON]) == 0
     shown = capsys.readouterr().out
     for words in ("Table 10", "SQ + pts", "SQ + fg + FC2 ptk", "LAMBADA 3 documents", "Differences to float"):
@@ -319,6 +319,9 @@ def test_the_sweep_command(model: Path, data_dir: Path, tmp_path: Path, capsys: 
         (["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp", "--table", "3"], "give --recipes or --table"),
         (["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp"], "nothing to compare on"),
         (["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp", "--limit", "3"], "--limit is about tasks"),
+        (["compare", "{model}", "-o", "{tmp}/x", "--table", "3", "--limit", "few"], "--limit few: needed N or TASK=N"),
+        (["compare", "{model}", "-o", "{tmp}/x", "--table", "3", "--limit", "piqa=3"], "no such task among lambada"),
+        (["compare", "{model}", "-o", "{tmp}/x", "--table", "3", "--limit", "0"], "needed at least 1"),
         (["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp", "--windows", "3"], "--windows is about perplexity"),
         (
             ["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp", "--text", "t", "--layers", "fp", "fptq"],

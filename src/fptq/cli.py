@@ -189,8 +189,9 @@ def _add_evaluate(commands: Any) -> None:
     add("--text", metavar="FILE", help="text for perplexity: a file, or a Hub id as owner/name[:config]")
     add("--lambada", metavar="FILE", help='LAMBADA texts, .jsonl with a "text" field')
     add("--length", type=int, default=1024, help="tokens of a perplexity window")
-    limit = "use at most N windows, N LAMBADA examples, and N documents of each task (of MMLU: of each subject)"
-    add("--limit", type=int, metavar="N", help=limit)
+    limit = "use at most N windows, N LAMBADA examples, and N documents of each task (of MMLU: of each subject); "
+    limit += "TASK=N is for one task; may be repeated"
+    add("--limit", action="append", default=[], metavar="[TASK=]N", help=limit)
     runtime = (
         "what runs a checkpoint: the native engine (default), or transformers for what the engine doesn't run; "
         "transformers runs float models"
@@ -216,7 +217,8 @@ def _add_trial_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("what is measured").add_argument
     add("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, with commas; see 'fptq evaluate --help'")
     add("--data-dir", metavar="DIR", help="take the tasks' data from files in DIR instead of the Hub")
-    add("--limit", type=int, metavar="N", help="use N documents of each task (of MMLU: of each subject)")
+    limit = "use N documents of each task (of MMLU: of each subject), or of this task; may be repeated"
+    add("--limit", action="append", default=[], metavar="[TASK=]N", help=limit)
     add("--num-fewshot", type=int, metavar="N", help="examples in a prompt (default: 5 for MMLU)")
     add("--text", metavar="FILE", help="text for perplexity: a file, or a Hub id as owner/name[:config]")
     add("--window", type=int, default=1024, metavar="N", help="tokens of a perplexity window")
@@ -412,15 +414,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     from fptq.evaluate.runner import EvaluationSpec, TaskSpec, evaluate
     from fptq.report.tables import accuracy_table, task_table
 
+    limit, limits = _limits(options)
     tasks = None
     if options.tasks is not None:
         names = tuple(name.strip() for name in options.tasks.split(","))
-        tasks = TaskSpec(names, options.data_dir, options.limit, options.num_fewshot)
+        tasks = TaskSpec(names, options.data_dir, limit, options.num_fewshot, limits)
+    elif limits:
+        raise FPTQError("--limit TASK=N is about tasks: it needs --tasks")
     elif options.data_dir is not None or options.num_fewshot is not None:
         raise FPTQError("--data-dir and --num-fewshot are about tasks: they need --tasks")
-    spec = EvaluationSpec(
-        options.text, options.lambada, options.length, options.limit, options.runtime, tasks, options.results
-    )
+    spec = EvaluationSpec(options.text, options.lambada, options.length, limit, options.runtime, tasks, options.results)
     results = evaluate(options.model, options.reference, spec, progress=not options.quiet)
     settings = results.settings
     counts = {"windows": f"windows of {spec.length} tokens", "lambada_examples": "LAMBADA examples"}
@@ -500,12 +503,25 @@ def _sweep(options: argparse.Namespace) -> None:
     print(f"\nplot: {folder / f'sweep.{options.plot}'}")
 
 
+def _limits(options: argparse.Namespace) -> tuple[int | None, dict[str, int]]:
+    """Return the limit for all that is measured, and those of single tasks."""
+    limits: dict[str, int] = {}
+    for given in options.limit:
+        task, _, count = given.rpartition("=")
+        try:
+            limits[task] = int(count)
+        except ValueError as cause:
+            raise FPTQError(f"--limit {given}: needed N or TASK=N") from cause
+    return limits.pop("", None), limits
+
+
 def _trial(options: argparse.Namespace) -> Any:
     from fptq.evaluate.compare import Trial
     from fptq.evaluate.scores import TaskSpec
 
+    limit, limits = _limits(options)
     if options.tasks is None:
-        given = [name for name in ("data_dir", "limit", "num_fewshot") if getattr(options, name) is not None]
+        given = [name for name in ("data_dir", "limit", "num_fewshot") if getattr(options, name) not in (None, [])]
         if given:
             raise FPTQError(f"--{given[0].replace('_', '-')} is about tasks: it needs --tasks")
     if options.text is None and options.windows is not None:
@@ -513,7 +529,7 @@ def _trial(options: argparse.Namespace) -> Any:
     tasks = None
     if options.tasks is not None:
         names = tuple(name.strip() for name in options.tasks.split(","))
-        tasks = TaskSpec(names, options.data_dir, options.limit, options.num_fewshot)
+        tasks = TaskSpec(names, options.data_dir, limit, options.num_fewshot, limits)
     return Trial(options.text, options.window, options.windows, tasks)
 
 

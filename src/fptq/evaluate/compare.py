@@ -322,7 +322,7 @@ class _Scores:
         scores: dict[str, TaskScore] = {}
         for name in spec.tasks if spec else ():
             assert spec is not None
-            one = replace(spec, tasks=(name,))
+            one = spec.only(name)
             known = self._folder / f"{name}-{_digest(asdict(one))}.json"
             if not known.exists():
                 model, tokenizer = self._model()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fptq.errors import EvaluationError
@@ -19,6 +20,7 @@ class TaskSpec:
         tasks: names of the harness' tasks or groups.
         data_dir: a folder with their data (docs/evaluation.md); by default it comes from the Hub.
         limit: use the first so many documents of a task, of MMLU of each subject.
+        limits: other limits, of single tasks.
         num_fewshot: examples in a prompt; by default 5 for MMLU, as in the paper, for the others the harness' number.
     """
 
@@ -26,14 +28,22 @@ class TaskSpec:
     data_dir: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        unknown = sorted(set(self.limits) - set(self.tasks))
+        if unknown:
+            raise EvaluationError(f"--limit {unknown[0]}=…: there is no such task among {', '.join(self.tasks)}")
         if not self.tasks or not all(self.tasks) or len(set(self.tasks)) < len(self.tasks):
             raise EvaluationError(f"--tasks {','.join(self.tasks)}: needed names of tasks, each once")
-        if self.limit is not None and self.limit < 1:
-            raise EvaluationError(f"--limit {self.limit}: needed at least 1")
+        if any(limit < 1 for limit in (*self.limits.values(), *([] if self.limit is None else [self.limit]))):
+            raise EvaluationError(f"--limit {self.limit}, {dict(self.limits)}: needed at least 1")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise EvaluationError(f"--num-fewshot {self.num_fewshot}: needed at least 0")
+
+    def only(self, task: str) -> TaskSpec:
+        """Return the specification of one of the tasks alone."""
+        return replace(self, tasks=(task,), limit=self.limits.get(task, self.limit), limits={})
 
 
 @dataclass(frozen=True)

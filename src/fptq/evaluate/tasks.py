@@ -96,7 +96,8 @@ def prepare_tasks(name: str, spec: TaskSpec) -> tuple[dict[str, Any], dict[str, 
     for task, definition in tasks.items():
         _set_examples_(definition, spec.num_fewshot, task, harness)
     sizes = {task: len(definition.eval_docs) for task, definition in tasks.items()}
-    return tasks, {task: min(spec.limit or size, size) for task, size in sizes.items()}, groups
+    limit = spec.limits.get(name, spec.limit)
+    return tasks, {task: min(limit or size, size) for task, size in sizes.items()}, groups
 
 
 def _run(lm: Any, name: str, spec: TaskSpec, harness: Any, progress: bool) -> Iterator[TaskScore]:
