@@ -1,6 +1,7 @@
 """Comparisons: figures are those of each model alone, nothing is computed twice, mistakes are explained."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import fptq.evaluate.compare as comparing
 from fptq.checkpoint import Checkpoint
 from fptq.cli import main
-from fptq.errors import EvaluationError, MissingDependencyError, QuantizationError
+from fptq.errors import EvaluationError, MissingDependencyError, OutputError, QuantizationError
 from fptq.evaluate.compare import Contender, Result, Trial, compare, describe_scheme, layer_losses
 from fptq.evaluate.fidelity import score_windows
 from fptq.evaluate.paper import PAPER_TABLES
@@ -236,6 +237,26 @@ def test_schemes_in_words() -> None:
     }
     assert describe_scheme(get_recipe("zeroquant")) == "W4/8A8 g128 KV8"
     assert describe_scheme(get_recipe("odyssey")) == "W4A8 channel KV8"
+
+
+def test_a_folder_belongs_to_one_model_and_its_data(model: Path, data_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = run(model, data_dir, out, "fp", tasks=("piqa",))[0]
+    other = save_tiny(tmp_path / "other", "qwen2", vocab_size=260)
+    save_byte_tokenizer(other)
+    with pytest.raises(OutputError, match="holds a comparison of another model"):
+        run(other, data_dir, out, "fp")
+    with pytest.raises(OutputError, match="isn't a comparison"):
+        run(model, data_dir, tmp_path, "fp")
+    changed = tmp_path / "data"
+    shutil.copytree(data_dir, changed)
+    rows = [{"goal": "sleep", "sol1": "bed", "sol2": "stove", "label": 0}] * 2
+    (changed / "piqa/validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (changed / "text.txt").write_text("Another text altogether, and a longer one. " * 20)
+    second = run(model, changed, out, "fp", tasks=("piqa",))[0]
+    assert len(first.tasks["piqa"].values["acc"]) == 5
+    assert len(second.tasks["piqa"].values["acc"]) == 2
+    assert first.losses[:2] != second.losses[:2]
 
 
 def test_impossible_comparisons_are_explained(model: Path, data_dir: Path, tmp_path: Path) -> None:

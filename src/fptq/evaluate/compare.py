@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
+import fptq
 from fptq.checkpoint import Checkpoint
-from fptq.errors import EvaluationError, QuantizationError
+from fptq.errors import EvaluationError, OutputError, QuantizationError
 from fptq.evaluate.estimates import Estimate, exponential_of_mean
 from fptq.evaluate.fidelity import Scored, cut_windows, window_losses
 from fptq.evaluate.runner import load_text, open_model
 from fptq.evaluate.scores import TaskScore, TaskSpec
 from fptq.evaluate.tasks import require_harness, run_tasks
-from fptq.models.loading import FloatModel
+from fptq.models.loading import FloatModel, library_versions
 from fptq.models.text import beginning_of_sequence
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.pipeline import record
@@ -198,6 +199,31 @@ class _Comparison:
         self.calibration = calibration
         self.progress = progress
         self.announce = announce
+        self._claim()
+
+    def _claim(self) -> None:
+        """Mark the folder as this model's, or raise OutputError if it is another's: results would be mixed."""
+        mine = {
+            "model": self.source.name,
+            "files": _digest(self.source.tensors.identity()),
+            "versions": {"fptq": fptq.__version__, **library_versions()},
+        }
+        path = self.folder / "comparison-of.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            if theirs is None and any(self.folder.iterdir()):
+                raise OutputError(
+                    f"{self.folder}: holds something that isn't a comparison; give another folder with -o"
+                )
+            if theirs not in (None, mine):
+                raise OutputError(
+                    f"{self.folder}: holds a comparison of another model, or by other versions: {theirs}; this is "
+                    f"{mine}; give another folder with -o"
+                )
+            write_json(path, mine)
+        except (OSError, ValueError) as cause:
+            raise OutputError(f"{self.folder}: can't be used for a comparison ({cause})") from cause
 
     def quantize_all(self, contenders: Iterable[Contender]) -> None:
         """Make the checkpoints that aren't there yet; those that can share a walk through the model do."""
@@ -227,7 +253,8 @@ class _Comparison:
             recipe = contender.recipe
             if recipe is None or not recipe.can_be_recorded:
                 continue
-            name = f"calibration-{_digest(asdict(self._spec(contender)))}"
+            spec = self._spec(contender)
+            name = _digest([asdict(spec), _stamps(spec.source)])
             if (
                 recipe.percentile_wanted is not None
                 and percentiles.setdefault(name, recipe.percentile) != recipe.percentile
@@ -268,7 +295,8 @@ class _Comparison:
         """Return a folder name that tells this contender from any other."""
         if contender.recipe is None:
             return FLOAT
-        return f"{contender.recipe.name}-{_digest([contender.recipe.to_dict(), asdict(self._spec(contender))])}"
+        spec = self._spec(contender)
+        return f"{contender.recipe.name}-{_digest([contender.recipe.to_dict(), asdict(spec), _stamps(spec.source)])}"
 
     def _checkpoint(self, contender: Contender) -> Path:
         return self.folder / "checkpoints" / self.key(contender)
@@ -323,7 +351,7 @@ class _Scores:
         for name in spec.tasks if spec else ():
             assert spec is not None
             one = spec.only(name)
-            known = self._folder / f"{name}-{_digest(asdict(one))}.json"
+            known = self._folder / f"{name}-{_digest([asdict(one), _stamps(one.data_dir)])}.json"
             if not known.exists():
                 model, tokenizer = self._model()
                 store = known.with_suffix(".jsonl")
@@ -355,6 +383,15 @@ def layer_losses(one: Result, other: Result) -> list[tuple[str, float, float]]:
             lost = [beside[key] - layer[key] for key in ("sqnr_db", "weight_sqnr_db")]
             rows.append((name, lost[0], lost[1]))
     return sorted(rows, key=lambda row: -row[1])
+
+
+def _stamps(source: str | None) -> list[Any]:
+    """Return sizes and times of change of a local file, or of all files in a folder; nothing of what isn't local."""
+    path = Path(source).expanduser() if source else None
+    if path is None or not path.exists():
+        return []
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _digest(values: Any) -> str:

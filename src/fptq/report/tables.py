@@ -12,7 +12,7 @@ import numpy as np
 from fptq.checkpoint import Checkpoint
 from fptq.evaluate.estimates import Estimate
 from fptq.evaluate.scores import PERPLEXITY, TaskScore
-from fptq.recipe import Activation, Recipe
+from fptq.recipe import PRESETS, Activation, Recipe
 from fptq.runtime.benchmark import Ceilings, Measurement
 from fptq.runtime.doctor import PACKAGES, Diagnosis
 
@@ -180,6 +180,7 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     usual, idle = Recipe("").to_dict(), {"name", *Recipe.from_dict(recipe).idle_fields()}
     shown = {key: value for key, value in recipe.items() if key not in idle and (value != usual[key] or key in _SHOWN)}
     settings = ", ".join(f"{key} {_setting(value)}" for key, value in shown.items())
+    source = f" ({PRESETS[recipe['name']].source})" if recipe["name"] in PRESETS else ""
     sizes = Counter(layer["group_size"] for layer in inside.values())
     groups = ", ".join(f"{size} in {count} layers" for size, count in sorted(sizes.items()))
     simulated = ["  no engine runs this method: it is simulated in float"] if checkpoint.simulated else []
@@ -188,7 +189,7 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
             f"{checkpoint.folder}: {sum(p.stat().st_size for p in shards) / 1e6:.1f} MB in {len(shards)} shard(s)",
             f"  {weights / 1e6:.1f} M weights in {bits}, {checkpoint.weight_bits:.2f} bits each with their scales; "
             f"KV cache {'int8' if record['cache'] else 'float'}" + (f"; int8 by rows: {outside}" if outside else ""),
-            f"  recipe {recipe['name']}: {settings or 'no settings'}; weight groups of {groups}",
+            f"  recipe {recipe['name']}{source}: {settings or 'no settings'}; weight groups of {groups}",
             *simulated,
             f"  calibrated on {calibration['source']}: {calibration['samples']} samples of {calibration['length']} "
             f"tokens, seed {calibration['seed']}, fingerprint {calibration['fingerprint'][:12]}",
