@@ -61,9 +61,9 @@ def comparison_tables(results: Sequence[Result], title: str, base: Result) -> li
         for name, score in results[0].tasks.items()
         if name not in MMLU[:-1]
     ]
-    if results[0].losses:
-        counts = [f"{len(results[0].losses)} perplexity windows", *counts]
-    notes = [f"± is one standard error; {', '.join(counts)} documents", _runtimes(results)]
+    used = [f"{len(results[0].losses)} perplexity windows"] if results[0].losses else []
+    used += [f"documents: {', '.join(counts)}"] if counts else []
+    notes = ["; ".join(["± is one standard error", *used]), _runtimes(results)]
     others = [r for r in results if r.label != base.label]
     differences = [[r.label, *_differences(r, base, columns)] for r in others]
     return [
@@ -76,7 +76,9 @@ def _runtimes(results: Sequence[Result]) -> str:
     by_runtime: dict[str, list[str]] = {}
     for result in results:
         by_runtime.setdefault(result.runtime, []).append(result.label)
-    return "; ".join(f"{runtime}: {', '.join(labels)}" for runtime, labels in by_runtime.items())
+    most = max(by_runtime, key=lambda runtime: len(by_runtime[runtime]))
+    named = {runtime: "all others" if runtime == most else ", ".join(ls) for runtime, ls in by_runtime.items()}
+    return "runs in " + "; ".join(f"{runtime}: {labels}" for runtime, labels in named.items())
 
 
 def _columns(result: Result) -> list[str]:

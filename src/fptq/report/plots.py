@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from fptq.errors import MissingDependencyError, OutputError
 from fptq.evaluate.compare import Result
 from fptq.evaluate.estimates import Estimate
 from fptq.evaluate.sweep import Sweep, label_of
+from fptq.recipe import PER_CHANNEL
 
 _LABELS = {
     "v0": "v0, largest range that stays as it is",
@@ -45,6 +46,7 @@ def plot_sweep(path: Path, sweep: Sweep, results: Sequence[Result], title: str) 
     by_label = {result.label: result for result in results[2:]}
     metrics = _metrics(floating)
     fields = list(sweep.values)
+    ticks = {field: _ticks(field, {settings[field] for settings in sweep.settings()}) for field in fields}
     figure, axes = plt.subplots(
         len(metrics),
         len(fields),
@@ -58,7 +60,7 @@ def plot_sweep(path: Path, sweep: Sweep, results: Sequence[Result], title: str) 
             for number, (curve, points) in enumerate(_curves(sweep, field).items()):
                 found = [by_label[label_of(settings)] for settings in points]
                 axis.errorbar(
-                    [settings[field] for settings in points],
+                    [ticks[field][settings[field]][0] for settings in points],
                     [figure_of(result) for result in found],
                     [difference_of(result, own).standard_error or 0.0 for result in found],
                     label=curve or sweep.recipe.name,
@@ -68,7 +70,7 @@ def plot_sweep(path: Path, sweep: Sweep, results: Sequence[Result], title: str) 
                 )
             axis.axhline(figure_of(floating), color="black", linestyle=":", label="float")
             axis.axhline(figure_of(weights_only), color="grey", linestyle="--", label="int4 weights alone")
-            _scale(axis, field, sorted({settings[field] for settings in sweep.settings()}))
+            _scale(axis, *zip(*ticks[field].values(), strict=True))
             axis.set_xlabel(_LABELS[field])
             axis.grid(visible=True, alpha=0.3)
         row[0].set_ylabel(name)
@@ -118,16 +120,25 @@ def _curves(sweep: Sweep, field: str) -> dict[str, list[dict[str, Any]]]:
         others = {name: value for name, value in settings.items() if name != field}
         if sweep.grid or all(others[name] == own[name] for name in others):
             curves.setdefault(label_of(others) if sweep.grid else "", []).append(settings)
-    return {name: sorted(points, key=lambda s: s[field]) for name, points in curves.items()}
+    order = list(_ticks(field, {settings[field] for settings in sweep.settings()}))
+    return {name: sorted(points, key=lambda s: order.index(s[field])) for name, points in curves.items()}
 
 
-def _scale(axis: Any, field: str, values: Sequence[float]) -> None:
+def _ticks(field: str, values: Iterable[float]) -> dict[float, tuple[float, str]]:
+    """Return place and label of each value on its axis, in the order of the axis: group sizes stand side by side."""
+    if field != "group_size":
+        return {value: (value, f"{value:g}") for value in sorted(values)}
+    ordered = sorted(values, key=lambda size: size if size != PER_CHANNEL else float("inf"))
+    return {size: (i, f"{size:g}" if size != PER_CHANNEL else "a row") for i, size in enumerate(ordered)}
+
+
+def _scale(axis: Any, values: Sequence[float], labels: Sequence[str]) -> None:
     """Set the axis of a setting: ticks at its values, by doublings where they span much."""
     if values[0] > 0 and values[-1] / values[0] > 8:
         axis.set_xscale("log", base=2)
     elif values[-1] > 8 * max(1.0, min((v for v in values if v > 0), default=1.0)):
         axis.set_xscale("symlog", base=2, linthresh=min(v for v in values if v > 0))
-    axis.set_xticks(values, [f"{value:g}" for value in values])
+    axis.set_xticks(values, labels)
     axis.minorticks_off()
 
 
