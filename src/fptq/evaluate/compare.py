@@ -20,7 +20,7 @@ from fptq.checkpoint import Checkpoint
 from fptq.errors import EvaluationError, OutputError, QuantizationError
 from fptq.evaluate.estimates import Estimate, exponential_of_mean
 from fptq.evaluate.fidelity import Scored, cut_windows, window_losses
-from fptq.evaluate.runner import load_text, open_model
+from fptq.evaluate.runner import AUTO, load_text, open_model
 from fptq.evaluate.scores import TaskScore, TaskSpec
 from fptq.evaluate.tasks import require_harness, run_tasks
 from fptq.models.loading import FloatModel, library_versions
@@ -90,12 +90,14 @@ class Trial:
         length: tokens of a perplexity window.
         windows: at most so many, None for all.
         tasks: benchmark tasks, or None.
+        runtime: what runs the checkpoints, one of RUNTIMES or AUTO.
     """
 
     text: str | None = None
     length: int = 1024
     windows: int | None = None
     tasks: TaskSpec | None = None
+    runtime: str = AUTO
 
     def __post_init__(self) -> None:
         if self.text is None and self.tasks is None:
@@ -309,7 +311,8 @@ class _Scores:
         self._comparison = comparison
         self._contender = contender
         self._checkpoint = checkpoint
-        self._folder = comparison.folder / "scores" / comparison.key(contender)
+        self._runtime = comparison.trial.runtime if checkpoint else AUTO  # the float model has but one
+        self._folder = comparison.folder / "scores" / comparison.key(contender) / self._runtime
         self._folder.mkdir(parents=True, exist_ok=True)
         self._opened: tuple[Scored, Any] | None = None
 
@@ -317,7 +320,7 @@ class _Scores:
         if self._opened is None:
             self._comparison.announce(f"scoring {self._contender.label}")
             name = self._comparison.model if self._checkpoint is None else str(self._checkpoint)
-            self._opened = model, _ = open_model(name)
+            self._opened = model, _ = open_model(name, self._runtime)
             write_json(self._folder / "model.json", {"runtime": f"{model.runtime}, {', '.join(model.kernels)}"})
         return self._opened
 

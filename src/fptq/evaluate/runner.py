@@ -35,7 +35,9 @@ from fptq.runtime.engine import DEFAULT_CONTEXT, Engine
 LONGEST_TEXT = DEFAULT_CONTEXT
 """Tokens that benchmark tasks may need; five examples of MMLU have up to about 3,000."""
 _LEAST_CONTEXT = 2048  # more than LAMBADA's texts have
-RUNTIMES = ("engine", "transformers")
+RUNTIMES = ("engine", "transformers", "simulated")
+"""What can run a checkpoint; "simulated" is transformers with every quantized layer computed in float."""
+
 AUTO = "auto"
 COMPARISONS = ("kl_divergence", "top1_agreement", "perplexity_ratio", "lambada_difference")
 """The metrics that speak of a difference to the reference."""
@@ -50,8 +52,7 @@ class EvaluationSpec:
         lambada: a `.jsonl` file of LAMBADA texts.
         length: tokens of a perplexity window.
         limit: use at most this many windows, and this many LAMBADA examples.
-        runtime: what runs the model, "engine" or "transformers"; by default the engine, and transformers for a float
-            model.
+        runtime: what runs the model, one of RUNTIMES; by default the engine, and transformers for a float model.
         tasks: benchmark tasks.
         results: a file for answers and scores of the tasks, from which an interrupted run goes on; the reference's are
             beside it, with ".reference" in the name.
@@ -209,7 +210,7 @@ def open_model(model: str, runtime: str = AUTO, length: int = LONGEST_TEXT) -> t
 
     Args:
         model: a checkpoint folder, or a float model, which transformers runs.
-        runtime: what runs a checkpoint, "engine", "transformers", or AUTO for the engine if it can.
+        runtime: what runs a checkpoint, one of RUNTIMES, or AUTO for the engine if it can and else transformers.
         length: tokens of the longest text.
 
     Raises:
@@ -240,8 +241,8 @@ def _open_checkpoint(folder: str, runtime: str, length: int) -> tuple[Scored, An
     shards = sorted({path for path, _ in checkpoint.tensors.values()})
     files = checkpoint.record or [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in shards]
     identity = f"{checkpoint.folder.name}, {runtime}, {_digest(files)}"
-    if runtime == "transformers":
-        model, tokenizer = load(folder)
+    if runtime in ("transformers", "simulated"):
+        model, tokenizer = load(folder, simulate=runtime == "simulated")
         whole = any(scheme.activation.sees_whole_text for scheme in checkpoint.schemes.values())
         cache = partial(new_cache, model)
         return ScoredModel(model, cache, reuses_prefixes=not whole, identity=identity), tokenizer

@@ -41,10 +41,11 @@ class W4A8Linear(nn.Module):
 
     It holds the codes packed and runs the native kernels. Tensors that aren't on the CPU take the reference arithmetic:
     then the codes exist in float32, too; the variable FPTQ_KERNEL=reference makes every layer take it. Schemes that no
-    kernel runs (float activations, and those of other methods) are simulated in float, on the dequantized weight.
+    kernel runs (float activations, and those of other methods), or with `simulate` all, are simulated in float, on the
+    dequantized weight.
     """
 
-    def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None):
+    def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None, *, simulate: bool = False):
         super().__init__()
         self.out_features, self.in_features = linear.codes.shape
         self.group_size = linear.group_size
@@ -56,6 +57,7 @@ class W4A8Linear(nn.Module):
         packed = kernels.pack(linear.codes, linear.scales, bits=linear.bits)
         self.register_buffer("packed", torch.from_numpy(packed.data), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self._simulate = simulate
         self._simulated = replace(linear, codes=linear.codes[:0], scales=linear.scales[:0])  # all but the codes
         self._grouped: tuple[torch.Tensor, torch.Tensor] | None = None
         self._weight: torch.Tensor | None = None
@@ -76,7 +78,7 @@ class W4A8Linear(nn.Module):
     @property
     def kernel(self) -> str:
         """Return the target that runs this layer, REFERENCE for the arithmetic of `numerics`, or SIMULATED."""
-        if not self.activation.runs_in_int8 or self._simulated.low_rank is not None:
+        if self._simulate or not self.activation.runs_in_int8 or self._simulated.low_rank is not None:
             return SIMULATED
         return self.target if self.packed.device.type == "cpu" else REFERENCE
 
@@ -177,10 +179,15 @@ def crop_cache(cache: Cache, length: int) -> bool:
     return True
 
 
-def load(folder: str | Path) -> tuple[nn.Module, Any]:
+def load(folder: str | Path, *, simulate: bool = False) -> tuple[nn.Module, Any]:
     """Return the checkpoint in `folder` as a transformers model and its tokenizer (None if it has none).
 
     Pass `past_key_values=new_cache(model)` to run with the int8 KV cache.
+
+    Args:
+        folder: a checkpoint folder.
+        simulate: compute every quantized layer in float32, on dequantized weights and inputs: the same up to rounding,
+            and faster where the CPU has no fast int8 instructions.
 
     Raises:
         CheckpointError: the folder isn't a sound checkpoint, or doesn't fit its own config.
@@ -208,7 +215,7 @@ def load(folder: str | Path) -> tuple[nn.Module, Any]:
             continue
         parent, _, child = name.rpartition(".")
         bias = _float_tensor(checkpoint, f"{name}.bias") if layer.bias is not None else None
-        setattr(model.get_submodule(parent), child, W4A8Linear(linear, bias))
+        setattr(model.get_submodule(parent), child, W4A8Linear(linear, bias, simulate=simulate))
     ours = {f"{name}.bias" for name in checkpoint.schemes}
     tensors |= {n: _float_tensor(checkpoint, n) for n in checkpoint.float_tensors() if n not in ours}
     model.load_state_dict(tensors, strict=False, assign=True)
