@@ -19,6 +19,8 @@ from fptq.evaluate.scores import TaskSpec
 from fptq.evaluate.sweep import Sweep
 from fptq.evaluate.tasks import run_tasks
 from fptq.quantize import CalibrationSpec
+from fptq.quantize.walk import CalibrationWalk
+from fptq.quantize.workspace import exclusive
 from fptq.recipe import get_recipe
 from fptq.report.comparison import comparison_tables, layer_table
 from tiny import save_tiny
@@ -156,6 +158,25 @@ def test_an_interrupted_comparison_goes_on(
     assert [(r.label, r.losses, r.tasks) for r in parts] == [(r.label, r.losses, r.tasks) for r in whole]
 
 
+def test_a_rerun_after_some_checkpoints_needs_no_second_walk(
+    model: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks: list[int] = []
+    observe = CalibrationWalk.observe
+    monkeypatch.setattr(CalibrationWalk, "observe", lambda *args: walks.append(1) or observe(*args))
+    names = [f"fptq-gptq{SMALL}", f"rtn-w4a8{SMALL}"]
+    run(model, data_dir, tmp_path, *names)
+    assert len(walks) == 2  # blocks
+    shutil.rmtree(found(tmp_path, names[1]))
+    run(model, data_dir, tmp_path, *names, f"smoothquant-w4a8{SMALL}")
+    assert len(walks) == 2
+
+
+def test_two_processes_never_share_a_folder(model: Path, data_dir: Path, tmp_path: Path) -> None:
+    with exclusive(tmp_path), pytest.raises(OutputError, match="another fptq process"):
+        run(model, data_dir, tmp_path, "fp")
+
+
 def test_fewer_windows_are_the_first_ones(model: Path, data_dir: Path, tmp_path: Path) -> None:
     contenders = [Contender.parse("fp")]
     few, more, few_again = (
@@ -222,21 +243,23 @@ def test_contenders_are_spelled_with_their_changes() -> None:
         ("fptq:name=x", "is no FIELD=VALUE"),
         ("fp:v0=1", "nothing can be changed"),
         ("fptq:v0=200", "thresholds"),
+        ("rtn-w4a8:v0=3", "v0 changes nothing"),
+        ("llm-qat:int8_roles=qkv", "weights of one width"),
     ):
         with pytest.raises(QuantizationError, match=match):
             Contender.parse(text)
 
 
 def test_schemes_in_words() -> None:
-    shown = {name: describe_scheme(get_recipe(name)) for name in ("fptq", "rtn-w8a8", "gptq-w4a16", "zeroquant-fp")}
+    shown = {n: describe_scheme(get_recipe(n), {128, 64}) for n in ("fptq", "rtn-w8a8", "gptq-w4a16", "zeroquant-fp")}
     assert shown == {
-        "fptq": "W4A8 g128 KV8",
+        "fptq": "W4A8 g64/128 KV8",
         "rtn-w8a8": "W8A8 channel KV8",
-        "gptq-w4a16": "W4A16 g128",
-        "zeroquant-fp": "W4AFP8 g128",
+        "gptq-w4a16": "W4A16 g64/128",
+        "zeroquant-fp": "W4AFP8 g64/128",
     }
-    assert describe_scheme(get_recipe("zeroquant")) == "W4/8A8 g128 KV8"
-    assert describe_scheme(get_recipe("odyssey")) == "W4A8 channel KV8"
+    assert describe_scheme(get_recipe("zeroquant"), {128, 576}) == "W4/8A8 g128 KV8"
+    assert describe_scheme(get_recipe("odyssey"), {576}) == "W4A8 channel KV8"
 
 
 def test_a_folder_belongs_to_one_model_and_its_data(model: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -282,6 +305,7 @@ def test_sweeps_change_one_setting_at_a_time_or_all() -> None:
     recipe = get_recipe("fptq")
     single = Sweep(recipe, {"v0": [5.0, 15.0, 200.0], "alpha": [0.5]}).settings()
     assert single == [{"v0": 15.0, "alpha": 1.0}, {"v0": 5.0, "alpha": 1.0}, {"v0": 15.0, "alpha": 0.5}]
+    assert Sweep(recipe, {"v0": [5.0, 200.0]}).impossible() == [{"v0": 200.0}]
     grid = Sweep(recipe, {"v0": [5.0, 15.0], "alpha": [0.5, 1.0]}, grid=True).settings()
     assert len(grid) == 4
     contenders = Sweep(recipe, {"v0": [5.0]}).contenders()
@@ -348,15 +372,27 @@ def test_the_sweep_command(model: Path, data_dir: Path, tmp_path: Path, capsys: 
             ["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp", "--text", "t", "--layers", "fp", "fptq"],
             "--layers fptq: isn't compared",
         ),
-        (["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp", "--text", "no.txt"], "no.txt"),
+        (
+            ["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp,fptq", "--text", "t", "--layers", "fp", "fptq"],
+            "the float model has no quantized layers",
+        ),
+        (["compare", "{model}", "-o", "{tmp}/x", "--table", "6", "--calibration", "random"], "give a text with"),
+        (["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp", "--tasks", "pika"], "pika"),
+        (
+            ["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp", "--text", "{tmp}/t.txt", "--window", "400"],
+            "--length 400: the model's context has 256 tokens",
+        ),
+        (["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp", "--text", "no.txt", "--window", "64"], "no.txt"),
         (["sweep", "{model}", "-o", "{tmp}/x", "--text", "t.txt"], "nothing to sweep"),
     ],
 )
 def test_wrong_usage_is_explained(
     command: list[str], match: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "t.txt").write_text("A text. " * 99)
     assert main([part.format(model=model, tmp=tmp_path) for part in command]) == 1
     assert match in capsys.readouterr().err
+    assert not (tmp_path / "x" / "checkpoints").exists()
 
 
 def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.clipping import learn_clipping
 from fptq.quantize.clusters import cluster_channels, cluster_steps
 from fptq.quantize.equalize import awq_scale, output_error, smoothquant_scale
-from fptq.quantize.gptq import round_gptq
+from fptq.quantize.gptq import Compensation, round_gptq
 from fptq.quantize.observe import BlockStatistics, Wanted, observing
 from fptq.quantize.pipeline import record
 from fptq.quantize.rounding import _low_rank
@@ -49,7 +49,7 @@ class TestGptq:
 
     def test_its_output_error_is_far_below_that_of_rounding_to_nearest(self) -> None:
         nearest, scales = numerics.quantize_weight(self.weight, 32)
-        codes = round_gptq(self.weight, self.gram, scales, 4)
+        codes = round_gptq(self.weight, Compensation.of(self.gram), scales, 4)
         assert self.error(codes, scales) < 0.6 * self.error(nearest, scales)
         assert int(codes.min()) >= -8
         assert int(codes.max()) <= 7
@@ -69,26 +69,25 @@ class TestGptq:
             wanted[:, column] = code
             error = (rest[:, column] - code * scale) / inverse[0, 0]
             rest[:, left] -= error[:, None] * inverse[0]
-        codes = round_gptq(self.weight, self.gram, scales, 4)
+        codes = round_gptq(self.weight, Compensation.of(self.gram), scales, 4)
         # float32 against float64: a weight within rounding of a tie may go the other way, and its row from there on
         assert int((codes != wanted).any(1).sum()) <= 1
 
     def test_uncorrelated_inputs_give_rounding_to_nearest(self) -> None:
         nearest, scales = numerics.quantize_weight(self.weight, 32)
-        torch.testing.assert_close(round_gptq(self.weight, torch.eye(64), scales, 4), nearest)
+        torch.testing.assert_close(round_gptq(self.weight, Compensation.of(torch.eye(64)), scales, 4), nearest)
 
     def test_silent_channels_and_a_singular_matrix(self) -> None:
         x = self.x[:10].clone()  # rank 10 of 64
         x[:, 5] = 0
         nearest, scales = numerics.quantize_weight(self.weight, 32)
-        codes = round_gptq(self.weight, x.T @ x, scales, 4)
+        codes = round_gptq(self.weight, Compensation.of(x.T @ x), scales, 4)
         torch.testing.assert_close(codes[:, 5], nearest[:, 5])
-        torch.testing.assert_close(round_gptq(self.weight, torch.zeros(64, 64), scales, 4), nearest)
+        torch.testing.assert_close(round_gptq(self.weight, Compensation.of(torch.zeros(64, 64)), scales, 4), nearest)
 
     def test_a_matrix_of_infinities_is_refused(self) -> None:
-        _, scales = numerics.quantize_weight(self.weight, 32)
         with pytest.raises(QuantizationError, match="isn't finite"):
-            round_gptq(self.weight, torch.full((64, 64), float("inf")), scales, 4)
+            Compensation.of(torch.full((64, 64), float("inf")))
 
 
 def test_learned_clipping_lowers_every_rows_error() -> None:
@@ -126,7 +125,7 @@ def test_awq_finds_the_ratio_of_least_output_error() -> None:
     def error(s: torch.Tensor) -> float:
         return output_error(numerics.dequantize_weight(*numerics.quantize_weight(weight * s, 32)) / s - weight, gram)
 
-    found = torch.from_numpy(awq_scale(mean.numpy(), [weight], gram, [32], 4))
+    found = torch.from_numpy(awq_scale(mean.numpy(), [weight], gram, 32, 4))
     candidates = [mean ** (i / 20) for i in range(20)]
     least = min(error(s / (s.max() * s.min()).sqrt()) for s in candidates)
     assert error(found) == pytest.approx(least, rel=1e-5)
@@ -337,7 +336,7 @@ def test_an_interrupted_recording_goes_on(model: Path, tmp_path: Path, monkeypat
     assert seen == [0, -1, 1]
     record(str(model), part, [small("fptq-gptq")], RANDOM, progress=False)
     assert seen == [0, -1, 1]  # a finished one is left as it is
-    assert sorted(p.name for p in part.iterdir()) == sorted(p.name for p in whole.iterdir())
+    assert {p.name for p in part.glob("*.*z")} == {p.name for p in whole.glob("*.*z")}
     for path in part.glob("*.npz"):
         with np.load(path) as mine, np.load(whole / path.name) as theirs:
             assert all(mine[key].tobytes() == theirs[key].tobytes() for key in theirs)
@@ -398,6 +397,86 @@ def test_training_comes_before_rounding(model: Path, tmp_path: Path) -> None:
     assert Recipe.from_dict(trained.record["recipe"]).training_steps == 2
     longer = make(model, get_recipe("llm-qat", training_steps=3), tmp_path / "longer")
     assert (longer.read_linear(layer).codes != trained.read_linear(layer).codes).any()
+
+
+@pytest.mark.parametrize("name", ["rtn-w8a8", "zeroquant", "llm-int8"])
+def test_an_int8_head_beside_int8_layers(name: str, tmp_path: Path) -> None:
+    """The embedding that a tied head shares its codes with isn't mistaken for another int8 layer."""
+    folder = save_tiny(tmp_path / "model", "llama", tie_word_embeddings=True)
+    recipe = get_recipe(name, lm_head="int8", **({"group_size": 32} if name == "zeroquant" else {}))
+    checkpoint = make(folder, recipe, tmp_path / "q")
+    assert checkpoint.tied_head
+    codes = checkpoint.read_linear("model.embed_tokens").codes
+    np.testing.assert_array_equal(checkpoint.read_linear("lm_head").codes, codes)
+    weights = make(folder, get_recipe("rtn-w4a16", weight_bits=8, lm_head="int8"), tmp_path / "w")
+    np.testing.assert_array_equal(weights.read_linear("lm_head").codes, codes)
+
+
+def test_a_propagated_error_leaves_norms_alone(tmp_path: Path) -> None:
+    """Though the walk computes in bfloat16, what stays in float is stored as it was."""
+    folder = save_tiny(tmp_path / "model", "llama")
+    recipe = get_recipe("fptq-gptq", group_size=32, v0=2.0, propagate_error=True)
+    options = Options("bfloat16", progress=False)
+    checkpoint = Checkpoint.open(quantize(str(folder), tmp_path / "q", recipe, RANDOM, options))
+    plain = Checkpoint.open(quantize(str(folder), tmp_path / "p", small("fptq-gptq"), RANDOM, options))
+    for name in ("model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"):
+        assert checkpoint.read(name).tobytes() == plain.read(name).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"low_rank": 64}, "too small for low_rank 64"),
+        ({"group_size": 0, "weight_bits": 4}, "can't be packed; use --weight-bits 8"),
+    ],
+)
+def test_shapes_that_a_recipe_cant_do_are_refused_at_once(changes: dict, match: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "llama", intermediate_size=100)
+    recipe = get_recipe("rtn-w4a8", **{"group_size": 32, "skip": (), **changes})
+    if "low_rank" in changes:
+        folder = save_tiny(tmp_path / "other", "llama")
+    with pytest.raises(QuantizationError, match=match):
+        make(folder, recipe, tmp_path / "q")
+    if "group_size" in changes:
+        assert make(folder, get_recipe("rtn-w8a8"), tmp_path / "q").weight_bits > 8
+
+
+def test_a_recording_begun_anew_isnt_gone_on_with(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was interrupted, then another begun in its folder, then the first one again: its own figures."""
+    from fptq.quantize.walk import CalibrationWalk
+
+    other = CalibrationSpec("random", samples=4, length=32, seed=1)
+    whole = tmp_path / "whole"
+    record(str(model), whole, [small("fptq")], RANDOM, progress=False)
+    begin, observe = CalibrationWalk.begin, CalibrationWalk.observe
+
+    def stop_observing(self: CalibrationWalk, index: int, *rest: object) -> object:
+        if index == 1:
+            raise KeyboardInterrupt
+        return observe(self, index, *rest)  # type: ignore[arg-type]
+
+    def stop_beginning(self: CalibrationWalk, *, fresh: bool) -> None:
+        begin(self, fresh=fresh)
+        raise KeyboardInterrupt
+
+    part = tmp_path / "part"
+    for name, stop, spec in (("observe", stop_observing, RANDOM), ("begin", stop_beginning, other)):
+        monkeypatch.setattr(CalibrationWalk, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            record(str(model), part, [small("fptq")], spec, progress=False)
+        monkeypatch.undo()
+    record(str(model), part, [small("fptq")], RANDOM, progress=False)
+    for path in part.glob("*.npz"):
+        with np.load(path) as mine, np.load(whole / path.name) as theirs:
+            assert all(mine[key].tobytes() == theirs[key].tobytes() for key in theirs)
+
+
+def test_a_damaged_recording_is_named(model: Path, tmp_path: Path) -> None:
+    record(str(model), tmp_path / "r", [small("fptq")], RANDOM, progress=False)
+    damaged = tmp_path / "r" / "block-00001.npz"
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    with pytest.raises(OutputError, match=r"block-00001\.npz: can't be read"):
+        quantize(str(model), tmp_path / "q", small("fptq"), RANDOM, QUIET, recording=tmp_path / "r")
 
 
 def test_settings_change_the_result(model: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fptq",
-        description="Quantize large language models to 4-bit weights and 8-bit activations (W4A8) without training.",
+        description="Quantizes large language models to 4-bit weights and 8-bit activations (W4A8), and runs them.",
         epilog="'fptq COMMAND --help' explains a command.",
     )
     parser.add_argument("--version", action="version", version=f"fptq {fptq.__version__}")
@@ -133,8 +133,9 @@ def _add_calibration_options(command: argparse.ArgumentParser, source: str, samp
 def _add_quantize(commands: Any) -> None:
     recipes = "\n".join(f"  {name:<24}{preset.summary}" for name, preset in PRESETS.items())
     details = """
-        It works in the memory of one decoder block. Give the same command again to go on
-        after an interruption; the result is the same to the bit.
+        It works in the memory of one decoder block (GPTQ, AWQ and learned clipping need some square
+        matrices of its widths besides, and llm-qat the whole model). Give the same command again to go
+        on after an interruption; the result is the same to the bit.
 
         recipes:
         {recipes}
@@ -414,18 +415,13 @@ def _inspect_model(options: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate(options: argparse.Namespace) -> None:
     _require_torch()
-    from fptq.evaluate.runner import EvaluationSpec, TaskSpec, evaluate
+    from fptq.evaluate.runner import EvaluationSpec, evaluate
     from fptq.report.tables import accuracy_table, task_table
 
     limit, limits = _limits(options)
-    tasks = None
-    if options.tasks is not None:
-        names = tuple(name.strip() for name in options.tasks.split(","))
-        tasks = TaskSpec(names, options.data_dir, limit, options.num_fewshot, limits)
-    elif limits:
+    tasks = _tasks(options, limit, limits)
+    if tasks is None and limits:
         raise FPTQError("--limit TASK=N is about tasks: it needs --tasks")
-    elif options.data_dir is not None or options.num_fewshot is not None:
-        raise FPTQError("--data-dir and --num-fewshot are about tasks: they need --tasks")
     spec = EvaluationSpec(options.text, options.lambada, options.length, limit, options.runtime, tasks, options.results)
     results = evaluate(options.model, options.reference, spec, progress=not options.quiet)
     settings = results.settings
@@ -463,6 +459,11 @@ def _compare(options: argparse.Namespace) -> None:
     unknown = [name for name in options.layers or () if name not in labels]
     if unknown:
         raise FPTQError(f"--layers {unknown[0]}: isn't compared; there are {', '.join(labels)}")
+    if any(contender.recipe is None and contender.label in (options.layers or ()) for contender in contenders):
+        raise FPTQError("--layers: the float model has no quantized layers")
+    sources = [contender.calibration or options.calibration for contender in contenders]
+    if options.table == "6" and len(set(sources)) == 1:
+        raise FPTQError("--table 6 compares calibration on text and on random tokens: give a text with --calibration")
     folder = Path(options.output).expanduser()
     results = compare(
         options.model,
@@ -470,6 +471,7 @@ def _compare(options: argparse.Namespace) -> None:
         _trial(options),
         folder,
         _calibration(options),
+        compute_dtype=options.compute_dtype,
         progress=not options.quiet,
         announce=_announce(options),
     )
@@ -483,7 +485,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _sweep(options: argparse.Namespace) -> None:
     _require_torch()
     from fptq.evaluate.compare import compare
-    from fptq.evaluate.sweep import SWEPT, Sweep
+    from fptq.evaluate.sweep import SWEPT, Sweep, label_of
     from fptq.report.comparison import comparison_tables
     from fptq.report.plots import plot_sweep, require_plots
 
@@ -491,12 +493,15 @@ def _sweep(options: argparse.Namespace) -> None:
     values = {name: getattr(options, name) for name in SWEPT if getattr(options, name) is not None}
     sweep = Sweep(get_recipe(options.recipe), values, options.grid)
     folder = Path(options.output).expanduser()
+    for settings in sweep.impossible():
+        print(f"fptq: left out {label_of(settings)}: v0 is above v1", file=sys.stderr)
     results = compare(
         options.model,
         sweep.contenders(),
         _trial(options),
         folder,
         _calibration(options),
+        compute_dtype=options.compute_dtype,
         progress=not options.quiet,
         announce=_announce(options),
     )
@@ -518,21 +523,28 @@ def _limits(options: argparse.Namespace) -> tuple[int | None, dict[str, int]]:
     return limits.pop("", None), limits
 
 
-def _trial(options: argparse.Namespace) -> Any:
-    from fptq.evaluate.compare import Trial
+def _tasks(options: argparse.Namespace, limit: int | None, limits: dict[str, int]) -> Any:
+    """Return which tasks are run on what, None for none."""
     from fptq.evaluate.scores import TaskSpec
 
-    limit, limits = _limits(options)
-    if options.tasks is None:
-        given = [name for name in ("data_dir", "limit", "num_fewshot") if getattr(options, name) not in (None, [])]
-        if given:
-            raise FPTQError(f"--{given[0].replace('_', '-')} is about tasks: it needs --tasks")
-    if options.text is None and options.windows is not None:
-        raise FPTQError("--windows is about perplexity: it needs --text")
-    tasks = None
     if options.tasks is not None:
         names = tuple(name.strip() for name in options.tasks.split(","))
-        tasks = TaskSpec(names, options.data_dir, limit, options.num_fewshot, limits)
+        return TaskSpec(names, options.data_dir, limit, options.num_fewshot, limits)
+    for name in ("data_dir", "num_fewshot"):
+        if getattr(options, name) is not None:
+            raise FPTQError(f"--{name.replace('_', '-')} is about tasks: it needs --tasks")
+    return None
+
+
+def _trial(options: argparse.Namespace) -> Any:
+    from fptq.evaluate.compare import Trial
+
+    limit, limits = _limits(options)
+    tasks = _tasks(options, limit, limits)
+    if tasks is None and options.limit:
+        raise FPTQError("--limit is about tasks: it needs --tasks")
+    if options.text is None and options.windows is not None:
+        raise FPTQError("--windows is about perplexity: it needs --text")
     return Trial(options.text, options.window, options.windows, tasks, options.runtime)
 
 

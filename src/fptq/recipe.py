@@ -150,6 +150,14 @@ class Recipe:
                 f"clusters {self.clusters}, low_rank {self.low_rank}, training_steps {self.training_steps}: needed at "
                 "least 1, 0 and 0"
             )
+        per_token = self.activations == "dynamic" and self.kv_cache == "int8"
+        weight_only = self.activations == "float" and self.kv_cache == "float"
+        plain = self.equalization == "none" and not self.int8_roles and (per_token or weight_only)
+        if self.training_steps and not plain:
+            raise QuantizationError(
+                "training_steps: training knows weights of one width without equalization, with inputs and KV cache "
+                "either dynamic and int8 or both in float"
+            )
         if self.outliers != "none" and self.equalization != "none":
             raise QuantizationError(
                 f"outliers '{self.outliers}' take the place of equalization, which is '{self.equalization}'"
@@ -168,11 +176,13 @@ class Recipe:
             idle += ["v0", "v1"]
         if self.equalization not in ("lae", "smoothquant"):
             idle.append("alpha")
-        if self.equalization == "none":
+        if self.equalization == "none" and self.outliers == "none":
             idle.append("fuse_into_linear")
-        if self.activations not in ("table2", "static"):
+        if self.activations in ("dynamic", "float"):
             idle.append("dynamic")
-        if self.outliers not in ("clip", "winsorize"):
+        if self.activations != "table2":
+            idle.append("outliers")
+        if self.activations != "table2" or self.outliers not in ("clip", "winsorize"):
             idle.append("percentile")
         if self.activations != "clusters":
             idle.append("clusters")

@@ -18,7 +18,7 @@ from fptq.recipe import Activation
 RECORD_FILE = "fptq.json"
 STATISTICS_FILE = "fptq_statistics.npz"
 INDEX_FILE = "model.safetensors.index.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_SHARD_BYTES = 5_000_000_000
 
 INPUT_PARTS = ("input_scale", "input_zero_point", "low_rank_up", "low_rank_down")

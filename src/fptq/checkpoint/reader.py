@@ -203,9 +203,12 @@ class Checkpoint:
         """Return the layer under whose name the codes of `name` are: a tied int8 head has those of the embedding."""
         if self.schemes[name].bits == 4 or f"{name}.weight" in self.tensors:
             return name
-        others = [o for o, scheme in self.schemes.items() if scheme.bits == 8 and o != name]
-        tied = len(others) == 1 and self.schemes[others[0]].activation is Activation.NONE
-        return others[0] if tied else name
+        # a lookup has no input to quantize; where int8 layers of a weight-only recipe are alike, the plan tells
+        lookups = [o for o, s in self.schemes.items() if s.bits == 8 and s.activation is Activation.NONE and o != name]
+        if len(lookups) > 1:
+            planned = self.record.get("layers", {})
+            lookups = [o for o in lookups if planned.get(o, {}).get("role") == "embedding"]
+        return lookups[0] if len(lookups) == 1 else name
 
     @property
     def simulated(self) -> bool:

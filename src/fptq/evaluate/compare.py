@@ -22,11 +22,12 @@ from fptq.evaluate.estimates import Estimate, exponential_of_mean
 from fptq.evaluate.fidelity import Scored, cut_windows, window_losses
 from fptq.evaluate.runner import AUTO, load_text, open_model
 from fptq.evaluate.scores import TaskScore, TaskSpec
-from fptq.evaluate.tasks import require_harness, run_tasks
+from fptq.evaluate.tasks import prepare_tasks, quiet, require_harness, run_tasks
 from fptq.models.loading import FloatModel, library_versions
 from fptq.models.text import beginning_of_sequence
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.pipeline import record
+from fptq.quantize.workspace import exclusive
 from fptq.recipe import PER_CHANNEL, Recipe, get_recipe
 from fptq.shards import write_json
 
@@ -61,7 +62,11 @@ class Contender:
             if changes or calibration:
                 raise QuantizationError(f"'{text}': {FLOAT} is the float model, which nothing can be changed of")
             return cls(FLOAT, None)
-        recipe = get_recipe(name, **dict(_parse_field(change, text) for change in changes))
+        values = dict(_parse_field(change, text) for change in changes)
+        recipe = get_recipe(name, **values)
+        idle = sorted(values.keys() & set(recipe.idle_fields()))
+        if idle:
+            raise QuantizationError(f"'{text}': {idle[0]} changes nothing with this recipe")
         return cls(text, recipe, calibration or None)
 
 
@@ -155,6 +160,7 @@ def compare(
     folder: Path,
     calibration: CalibrationSpec,
     *,
+    compute_dtype: str = "float32",
     progress: bool = True,
     announce: Callable[[str], None] = lambda line: None,
 ) -> list[Result]:
@@ -166,6 +172,7 @@ def compare(
         trial: on what.
         folder: where everything is kept.
         calibration: for contenders without their own.
+        compute_dtype: "float32" or "bfloat16", in which the float model runs over the calibration data.
         progress: show progress bars.
         announce: is told what begins.
 
@@ -177,11 +184,13 @@ def compare(
         raise EvaluationError(
             f"recipes to compare: needed at least one, each once{f'; not so {repeated}' * bool(repeated)}"
         )
-    if trial.tasks is not None:
-        require_harness()
-    comparison = _Comparison(model, trial, folder, calibration, progress, announce)
-    comparison.quantize_all(contenders)
-    return [comparison.result(contender) for contender in contenders]
+    options = Options(compute_dtype=compute_dtype, progress=progress)
+    comparison = _Comparison(model, trial, folder, calibration, options, announce)
+    comparison.check()
+    with exclusive(folder):
+        comparison.claim()
+        comparison.quantize_all(contenders)
+        return [comparison.result(contender) for contender in contenders]
 
 
 class _Comparison:
@@ -191,7 +200,7 @@ class _Comparison:
         trial: Trial,
         folder: Path,
         calibration: CalibrationSpec,
-        progress: bool,
+        options: Options,
         announce: Callable[[str], None],
     ):
         self.source = FloatModel.open(model)
@@ -199,22 +208,37 @@ class _Comparison:
         self.trial = trial
         self.folder = folder
         self.calibration = calibration
-        self.progress = progress
+        self.options = options
         self.announce = announce
-        self._claim()
+        self.harness = require_harness().VERSION if trial.tasks else None
 
-    def _claim(self) -> None:
+    def check(self) -> None:
+        """Raise what would else be found only after quantizing: a text, a task or its data that can't be used."""
+        trial, tokenizer = self.trial, self.source.tokenizer
+        if tokenizer is None:
+            raise EvaluationError(f"{self.model}: has no tokenizer, so no text can be scored")
+        if trial.text is not None:
+            self.source.check_length(trial.length, EvaluationError)
+            tokens = tokenizer(load_text(trial.text), add_special_tokens=False).input_ids
+            cut_windows(tokens, beginning_of_sequence(tokenizer), trial.length, 1)
+        if trial.tasks is not None:
+            for name in trial.tasks.tasks:
+                with quiet():
+                    prepare_tasks(name, trial.tasks)
+
+    def claim(self) -> None:
         """Mark the folder as this model's, or raise OutputError if it is another's: results would be mixed."""
         mine = {
             "model": self.source.name,
-            "files": _digest(self.source.tensors.identity()),
-            "versions": {"fptq": fptq.__version__, **library_versions()},
+            "files": _digest(
+                [self.source.tensors.identity(), self.source.config_dict(), self.source.companion_digests()]
+            ),
+            "versions": {"fptq": fptq.__version__, "torch": str(torch.__version__), **library_versions()},
         }
         path = self.folder / "comparison-of.json"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-            if theirs is None and any(self.folder.iterdir()):
+            if theirs is None and any(p.name not in (".lock", f"{path.name}.tmp") for p in self.folder.iterdir()):
                 raise OutputError(
                     f"{self.folder}: holds something that isn't a comparison; give another folder with -o"
                 )
@@ -230,11 +254,15 @@ class _Comparison:
     def quantize_all(self, contenders: Iterable[Contender]) -> None:
         """Make the checkpoints that aren't there yet; those that can share a walk through the model do."""
         missing = [c for c in contenders if c.recipe is not None and not (self._checkpoint(c) / "fptq.json").exists()]
-        for recording, sharing in self._by_recording(missing).items():
-            recipes = [c.recipe for c in sharing if c.recipe is not None]
-            self.announce(f"calibrating for {', '.join(c.label for c in sharing)}")
-            record(self.source, recording, recipes, self._spec(sharing[0]), progress=self.progress)
-        recorded = {c.label: recording for recording, cs in self._by_recording(missing).items() for c in cs}
+        recorded: dict[str, Path] = {}
+        for recording, sharing in self._by_recording(contenders).items():
+            labels = [c.label for c in missing if c in sharing]
+            if labels:
+                self.announce(f"calibrating for {', '.join(labels)}")
+                recipes = [c.recipe for c in sharing if c.recipe is not None]
+                dtype, progress = self.options.compute_dtype, self.options.progress
+                record(self.source, recording, recipes, self._spec(sharing[0]), dtype, progress=progress)
+            recorded |= dict.fromkeys(labels, recording)
         for contender in missing:
             assert contender.recipe is not None
             self.announce(f"quantizing {contender.label}")
@@ -243,7 +271,7 @@ class _Comparison:
                 self._checkpoint(contender),
                 contender.recipe,
                 self._spec(contender),
-                Options(progress=self.progress),
+                self.options,
                 recording=recorded.get(contender.label),
             )
 
@@ -256,7 +284,7 @@ class _Comparison:
             if recipe is None or not recipe.can_be_recorded:
                 continue
             spec = self._spec(contender)
-            name = _digest([asdict(spec), _stamps(spec.source)])
+            name = _digest([asdict(spec), _stamps(spec.source), self.options.compute_dtype])
             if (
                 recipe.percentile_wanted is not None
                 and percentiles.setdefault(name, recipe.percentile) != recipe.percentile
@@ -281,7 +309,9 @@ class _Comparison:
         assert contender.recipe is not None
         return Result(
             contender.label,
-            describe_scheme(contender.recipe),
+            describe_scheme(
+                contender.recipe, {opened.record["layers"][name]["group_size"] for name in opened.block_layers}
+            ),
             opened.weight_bits,
             sum(entry.stop - entry.start for _, entry in opened.tensors.values()),
             scores.runtime(),
@@ -298,7 +328,8 @@ class _Comparison:
         if contender.recipe is None:
             return FLOAT
         spec = self._spec(contender)
-        return f"{contender.recipe.name}-{_digest([contender.recipe.to_dict(), asdict(spec), _stamps(spec.source)])}"
+        parts = [contender.recipe.to_dict(), asdict(spec), _stamps(spec.source), self.options.compute_dtype]
+        return f"{contender.recipe.name}-{_digest(parts)}"
 
     def _checkpoint(self, contender: Contender) -> Path:
         return self.folder / "checkpoints" / self.key(contender)
@@ -342,7 +373,7 @@ class _Scores:
             windows = cut_windows(tokens, beginning_of_sequence(tokenizer), trial.length, None)
             kept["of"] = len(windows)
             wanted = windows[len(kept["losses"]) : trial.windows]
-            for loss in window_losses(model, wanted, progress=self._comparison.progress):
+            for loss in window_losses(model, wanted, progress=self._comparison.options.progress):
                 kept["losses"].append(loss)
                 write_json(path, kept)
         return tuple(kept["losses"][: trial.windows])
@@ -354,11 +385,12 @@ class _Scores:
         for name in spec.tasks if spec else ():
             assert spec is not None
             one = spec.only(name)
-            known = self._folder / f"{name}-{_digest([asdict(one), _stamps(one.data_dir)])}.json"
+            what = [asdict(one), _stamps(one.data_dir), self._comparison.harness]
+            known = self._folder / f"{name.replace('/', '_')}-{_digest(what)}.json"
             if not known.exists():
                 model, tokenizer = self._model()
                 store = known.with_suffix(".jsonl")
-                found = run_tasks(model, tokenizer, one, store=store, progress=self._comparison.progress)
+                found = run_tasks(model, tokenizer, one, store=store, progress=self._comparison.options.progress)
                 write_json(known, {task: score.to_dict() for task, score in found.items()})
                 store.unlink()
             values = json.loads(known.read_text(encoding="utf-8"))
@@ -366,11 +398,13 @@ class _Scores:
         return scores
 
 
-def describe_scheme(recipe: Recipe) -> str:
-    """Return bits of weights, activations and KV cache, and the weight groups, as "W4A8 g128 KV8"."""
+def describe_scheme(recipe: Recipe, group_sizes: Iterable[int]) -> str:
+    """Return bits of weights, activations and KV cache, and the layers' weight groups, as "W4A8 g64/128 KV8"."""
     inputs = {"float": "16", "fp8": "FP8"}.get(recipe.activations, "8")
     bits = f"{recipe.weight_bits}/8" if recipe.int8_roles and recipe.weight_bits == 4 else str(recipe.weight_bits)
-    groups = " channel" if PER_CHANNEL in (recipe.group_size,) or recipe.weight_bits == 8 else f" g{recipe.group_size}"
+    groups = f" g{'/'.join(str(size) for size in sorted(group_sizes) if size <= recipe.group_size)}"
+    if recipe.group_size == PER_CHANNEL or recipe.weight_bits == 8:
+        groups = " channel"
     return f"W{bits}A{inputs}{groups}{' KV8' if recipe.kv_cache == 'int8' else ''}"
 
 

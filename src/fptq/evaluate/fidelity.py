@@ -18,8 +18,9 @@ from torch import nn
 from fptq.errors import EvaluationError
 from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean
 from fptq.evaluate.requests import Request, answer
-from fptq.integrations.transformers import W4A8Linear, crop_cache, float_cache
+from fptq.integrations.transformers import W4A8Linear, crop_cache
 from fptq.models.loading import cache_argument
+from fptq.models.stepping import empty_cache
 from fptq.models.text import read_jsonl
 from fptq.progress import progress_bar
 from fptq.runtime.engine import Engine
@@ -148,7 +149,7 @@ class ScoredModel:
             kept = min(_shared(self._text, tokens), len(tokens) - rows)
             if kept == 0 or not crop_cache(self._cache, kept):
                 own = self._new_cache()
-                kept, self._cache = 0, float_cache(self.model) if own is None else own
+                kept, self._cache = 0, empty_cache(self.model) if own is None else own
             cache = self._cache
             self._text = ()  # the cache has no text until the forward pass is through
         hidden = self.hidden(torch.tensor([tokens[kept:]]), cache)[0, -rows:]
@@ -159,6 +160,8 @@ class ScoredModel:
     @torch.no_grad()
     def write(self, tokens: Sequence[int], tokenizer: Any, writing: Writing) -> str:
         """See `Scored.write`."""
+        if not self.reuses_prefixes:
+            raise EvaluationError("this model's quantization looks at whole texts: it can be scored, but not write")
         sampling = {"temperature": writing.temperature, "top_k": writing.top_k, "top_p": writing.top_p}
         greedy = {"temperature": None, "top_k": None, "top_p": None}
         output = self.model.generate(

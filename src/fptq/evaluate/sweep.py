@@ -39,8 +39,15 @@ class Sweep:
     def settings(self) -> list[dict[str, Any]]:
         """Return each different combination of the swept settings, the recipe's own first.
 
-        Combinations that no recipe can have, as v0 above v1, are left out.
+        A v0 above v1 can't be: `impossible` has those.
         """
+        return [s for s in self._all() if s not in self.impossible()]
+
+    def impossible(self) -> list[dict[str, Any]]:
+        """Return the combinations that no recipe can have."""
+        return [s for s in self._all() if s.get("v0", self.recipe.v0) > s.get("v1", self.recipe.v1)]
+
+    def _all(self) -> list[dict[str, Any]]:
         own = {name: getattr(self.recipe, name) for name in self.values}
         if self.grid:
             wanted = [
@@ -48,8 +55,7 @@ class Sweep:
             ]
         else:
             wanted = [{**own, name: value} for name, values in self.values.items() for value in values]
-        possible = [s for s in wanted if s.get("v0", self.recipe.v0) <= s.get("v1", self.recipe.v1)]
-        return [dict(pairs) for pairs in dict.fromkeys(tuple(s.items()) for s in [own, *possible])]
+        return [dict(pairs) for pairs in dict.fromkeys(tuple(s.items()) for s in [own, *wanted])]
 
     def contenders(self) -> list[Contender]:
         """Return the float model, weights alone, and the recipe with each combination."""
@@ -63,4 +69,4 @@ class Sweep:
 
 def label_of(settings: Mapping[str, Any]) -> str:
     """Return settings as text, as "v0=15, alpha=1"."""
-    return ", ".join(f"{name}={value:g}" for name, value in settings.items())
+    return ", ".join(f"{name}={value:.10g}" for name, value in settings.items())

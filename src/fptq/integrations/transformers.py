@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, Cache, DynamicCache, GenerationConfig, TextStreamer
+from transformers import AutoConfig, Cache, GenerationConfig, TextStreamer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fptq import numerics
@@ -163,11 +163,6 @@ def new_cache(model: nn.Module) -> Cache | None:
     )
 
 
-def float_cache(model: nn.Module) -> Cache:
-    """Return an empty KV cache in float for any model of transformers."""
-    return DynamicCache(config=model.config)
-
-
 def crop_cache(cache: Cache, length: int) -> bool:
     """Cut a cache to its first `length` tokens and return True, or False if a sliding window has forgotten some."""
     found = cache.get_seq_length()
@@ -295,6 +290,11 @@ def generate(
     """
     if tokenizer is None:
         raise GenerationError("the checkpoint has no tokenizer, so it can't read a prompt")
+    if any(m.activation is Activation.CHANNELS for m in model.modules() if isinstance(m, W4A8Linear)):
+        raise GenerationError(
+            "a scale for each channel is one over the tokens of a text, and exact for a single new token: the text "
+            "would be better than the method; such a checkpoint can only be scored"
+        )
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or not 0 <= seed < 2**63:
         raise GenerationError(
             f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}, seed {seed}: "

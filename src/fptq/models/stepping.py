@@ -12,12 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from fptq.models.loading import FloatModel, cache_argument
 
 CacheObserver = Callable[[torch.Tensor, torch.Tensor], None]
 CacheVisitor = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def empty_cache(model: nn.Module) -> DynamicCache:
+    """Return a KV cache in float for a model of transformers."""
+    return DynamicCache(config=model.config)
 
 
 class PassingCache(DynamicCache):
@@ -54,7 +60,7 @@ class BlockStepper:
         self.source = source
         self.dtype = dtype
         self._calls: dict[int, list[_Call]] = {}  # by batch size
-        self._placeholder = DynamicCache(config=source.config)
+        self._placeholder = empty_cache(source.model)
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:

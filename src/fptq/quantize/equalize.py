@@ -7,7 +7,7 @@ in s: logarithmic activation equalization (LAE, Eq. 1 and 5), SmoothQuant, AWQ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,7 @@ def smoothquant_scale(channel_max: np.ndarray, weight_max: np.ndarray, alpha: fl
 
 
 def awq_scale(
-    channel_mean: np.ndarray, weights: Sequence[torch.Tensor], gram: torch.Tensor, group_sizes: Sequence[int], bits: int
+    channel_mean: np.ndarray, weights: Sequence[torch.Tensor], gram: torch.Tensor, group_size: int, bits: int
 ) -> np.ndarray:
     """Return s = mean|x|^ratio with the ratio of least output error, float32 [k] (AWQ, Eq. 4 and 5).
 
@@ -59,16 +59,16 @@ def awq_scale(
         channel_mean: mean|x| of each channel.
         weights: of the layers that read the input, [n, k] each.
         gram: XᵀX [k, k].
-        group_sizes: of each layer.
+        group_size: of the weights.
         bits: of a code.
     """
     mean = torch.from_numpy(channel_mean)
     best, least = torch.ones_like(mean), float("inf")
     for step in range(AWQ_GRID):
-        s = torch.where(mean > 0, mean.clamp(min=1e-4) ** (step / AWQ_GRID), 1.0)
-        s = s / (s.max() * s.min()).sqrt()
+        s = mean.clamp(min=1e-4) ** (step / AWQ_GRID)
+        s = torch.where(mean > 0, s / (s.max() * s.min()).sqrt(), 1.0)
         error = 0.0
-        for weight, group_size in zip(weights, group_sizes, strict=True):
+        for weight in weights:
             rounded = numerics.dequantize_weight(*numerics.quantize_weight(weight * s, group_size, bits)) / s
             error += output_error(rounded - weight, gram)
         if error < least:
@@ -85,8 +85,9 @@ def equalization_scale(
     group: InputGroup,
     seen: InputStatistics,
     recipe: Recipe,
-    weights: Mapping[str, torch.Tensor],
-    group_sizes: Mapping[str, int],
+    weights: Sequence[torch.Tensor],
+    bits: int,
+    group_size: int,
 ) -> np.ndarray:
     """Return the scale of each channel that the recipe's method gives; channels from the same row of a linear share it.
 
@@ -94,20 +95,20 @@ def equalization_scale(
         group: the input, with its source.
         seen: its statistics.
         recipe: says which method.
-        weights: [n, k] of the quantized layers that read the input, by name.
-        group_sizes: theirs.
+        weights: [n, k] of the quantized layers that read the input.
+        bits: of their codes.
+        group_size: of their scales.
     """
     share = _sharing(group.source)
     if recipe.equalization == "lae":
         return lae_scale(share(seen.channel_max), recipe.alpha)
     if recipe.equalization == "smoothquant":
-        weight_max = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0).float().numpy()
+        weight_max = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).float().numpy()
         return smoothquant_scale(share(seen.channel_max), share(weight_max), recipe.alpha)
     assert recipe.equalization == "awq", recipe.equalization
     assert seen.gram is not None
-    floats = [weight.float() for weight in weights.values()]
-    sizes = [group_sizes[name] for name in weights]
-    return awq_scale(share(seen.channel_mean), floats, seen.gram, sizes, recipe.weight_bits)
+    floats = [weight.float() for weight in weights]
+    return awq_scale(share(seen.channel_mean), floats, seen.gram, group_size, bits)
 
 
 def _sharing(source: NormSource | RowsSource | None) -> Callable[[np.ndarray], np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from fptq import numerics
@@ -14,28 +16,46 @@ _COLUMNS = 128  # that are rounded before the others are updated, all at once (s
 _MOST_DAMPING = 100 * DAMPING
 
 
-def round_gptq(
-    weight: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor, bits: int, *, damping: float = DAMPING
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Compensation:
+    """How columns make up for each other's errors, the same for all layers that read one input.
+
+    Attributes:
+        order: the columns in the order of rounding: falling energy of their input ("act-order").
+        factor: upper Cholesky factor of the inverse of the damped Gram matrix, in that order, float32 [k, k].
+    """
+
+    order: torch.Tensor
+    factor: torch.Tensor
+
+    @classmethod
+    def of(cls, gram: torch.Tensor, damping: float = DAMPING) -> Compensation:
+        """Return the compensation for inputs with the Gram matrix XᵀX float32 [k, k].
+
+        Args:
+            gram: the matrix.
+            damping: see DAMPING; if the matrix isn't positive definite with it, it is raised tenfold, up to 100 times.
+
+        Raises:
+            QuantizationError: the matrix is not finite, or not positive definite with any damping.
+        """
+        order = torch.argsort(torch.diagonal(gram), descending=True, stable=True)
+        return cls(order, _inverse_factor(gram[order[:, None], order], damping))
+
+
+def round_gptq(weight: torch.Tensor, compensation: Compensation, scales: torch.Tensor, bits: int) -> torch.Tensor:
     """Return int8 codes [n, k] of a weight that minimize the output error, greedily.
 
-    Columns are taken in the order of falling input energy ("act-order"), each with the scale of its own group, which is
-    that of the original weights.
+    Each column has the scale of its own group, which is that of the original weights.
 
     Args:
         weight: float32 [n, k].
-        gram: XᵀX float32 [k, k] of the inputs.
+        compensation: of the inputs.
         scales: float32 [n, G], of each group.
         bits: of a code.
-        damping: see DAMPING; if the matrix isn't positive definite with it, it is raised tenfold, up to 100 times.
-
-    Raises:
-        QuantizationError: the Gram matrix is not finite, or not positive definite with any damping.
     """
     n, k = weight.shape
-    energy = torch.diagonal(gram)
-    order = torch.argsort(energy, descending=True, stable=True)
-    inverse = _inverse_factor(gram[order][:, order], damping)
+    order, inverse = compensation.order, compensation.factor
     rest = weight[:, order].clone()
     step = scales.repeat_interleave(k // scales.shape[1], dim=1)[:, order]
     codes = torch.empty(n, k, dtype=torch.int8)
@@ -54,16 +74,18 @@ def round_gptq(
 
 
 def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return the upper Cholesky factor of the damped matrix's inverse."""
+    """Return the upper Cholesky factor of the damped matrix's inverse; `gram` is the function's own to change."""
     mean = float(torch.diagonal(gram).mean())
     if not mean < float("inf"):
         raise QuantizationError("the inputs' Gram matrix isn't finite; the model is damaged")
-    unit = torch.eye(len(gram))
+    diagonal = torch.diagonal(gram).clone()
     while damping <= _MOST_DAMPING:
-        factor, failed = torch.linalg.cholesky_ex(gram + unit * (damping * mean or 1.0))
+        torch.diagonal(gram).copy_(diagonal + (damping * mean or 1.0))
+        factor, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return upper
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+            if not failed and bool(torch.isfinite(factor).all()):
+                return factor
         damping *= 10
     raise QuantizationError("the inputs' Gram matrix isn't positive definite; calibrate on more --samples")

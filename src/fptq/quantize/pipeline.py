@@ -27,6 +27,7 @@ from fptq.checkpoint import (
     STATISTICS_FILE,
     CheckpointWriter,
     LayerScheme,
+    QuantizedLinear,
     cache_tensors,
     linear_tensors,
     quantization_config,
@@ -39,7 +40,7 @@ from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationData, CalibrationSpec, load_calibration
 from fptq.quantize.equalize import equalize_
 from fptq.quantize.observe import BlockStatistics, Wanted
-from fptq.quantize.policy import BlockPlan, choose_group_size, decide, decide_head, is_skipped
+from fptq.quantize.policy import BlockPlan, decide, decide_head, is_skipped, layer_bits_and_group
 from fptq.quantize.qat import TrainingSpec, disk_bytes, train
 from fptq.quantize.recording import Recording
 from fptq.quantize.rounding import cache_scales, round_head, round_weights
@@ -249,11 +250,6 @@ class _Job:
             ranges = equalize_(block, groups, plan.scales, statistics)
             linears = round_weights(block, groups, plan, statistics, self.recipe)
             sqnr = measure_sqnr(block, linears, lambda: self.walk.run_first_batch(index))
-            if self.recipe.propagate_error:
-                assert isinstance(self.walk, CalibrationWalk)
-                block.to(self.walk.dtype)
-                with simulating(block, linears):
-                    self.walk.propagate(index, bar.update)
 
             tensors = self._float_tensors(block, name, plan)
             for layer, linear in linears.items():
@@ -270,6 +266,8 @@ class _Job:
                     "k_scale": scales.key,
                     "v_scale": scales.value,
                 }
+            if self.recipe.propagate_error:
+                self._propagate(index, block, linears, bar)
             layers = {
                 f"{name}.{layer}": {
                     **plan.layers[layer].to_dict(),
@@ -284,6 +282,16 @@ class _Job:
         arrays = _statistics_arrays(name, statistics, plan)
         write_durably(writer.part(f"block-{index:05d}", ".npz"), _npz_writer(arrays))
         self.workspace.note(index + 1)
+
+    def _propagate(self, index: int, block: nn.Module, linears: dict[str, QuantizedLinear], bar: Any) -> None:
+        """Make what the quantized block gives the next one's inputs."""
+        assert isinstance(self.walk, CalibrationWalk)
+        if index + 1 == len(self.source.blocks):
+            bar.update(len(self.walk.batches))
+            return
+        block.to(self.walk.dtype)
+        with simulating(block, linears):
+            self.walk.propagate(index, bar.update)
 
     def _float_tensors(self, block: nn.Module, name: str, plan: BlockPlan) -> dict[str, np.ndarray]:
         """Return the block's tensors that stay in float: norms, biases, skipped layers.
@@ -379,22 +387,27 @@ class _Job:
 def check_layers(source: FloatModel, recipe: Recipe) -> None:
     """Raise QuantizationError for what can be known of the layers before anything is computed.
 
-    A skip pattern matches no layer, the patterns leave nothing to quantize, or no group size fits a layer.
+    A skip pattern matches no layer, the patterns leave nothing to quantize, no group size fits a layer, or a layer is
+    smaller than the rank of its correction.
     """
-    widths = {
-        f"{source.block_name(index)}.{layer}": block.get_submodule(layer).in_features
+    layers = {
+        f"{source.block_name(index)}.{layer}": (group, block.get_submodule(layer))
         for index, block in enumerate(source.blocks)
         for group in source.groups
         for layer in group.layers
     }
     for pattern in recipe.skip:
-        if not any(fnmatchcase(name, pattern) for name in widths):
-            raise QuantizationError(f"--skip '{pattern}' matches no layer; layers are named like {next(iter(widths))}")
-    quantized = [name for name in widths if not is_skipped(name, recipe)]
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise QuantizationError(f"--skip '{pattern}' matches no layer; layers are named like {next(iter(layers))}")
+    quantized = {name: layer for name, layer in layers.items() if not is_skipped(name, recipe)}
     if not quantized:
         raise QuantizationError("--skip leaves no layer to quantize")
-    for name in quantized:
-        choose_group_size(widths[name], recipe.group_size, name)
+    for name, (group, linear) in quantized.items():
+        layer_bits_and_group(linear.in_features, group.role, recipe, name)
+        if recipe.low_rank > min(linear.in_features, linear.out_features):
+            raise QuantizationError(
+                f"{name}: is {linear.out_features} x {linear.in_features}, too small for low_rank {recipe.low_rank}"
+            )
 
 
 def preview(
@@ -406,6 +419,11 @@ def preview(
     progress: bool = True,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """Return what `quantize` would decide, as JSON-ready plans by layer, and the statistics behind it."""
+    if not recipe.can_be_recorded:
+        raise QuantizationError(
+            f"recipe {recipe.name} trains, or calibrates on blocks that are quantized already: what it decides shows "
+            "only when it quantizes"
+        )
     source = FloatModel.open(model)
     data = _load_calibration(source, calibration)
     layers: dict[str, dict[str, Any]] = {}

@@ -66,16 +66,12 @@ def decide(
     for group in groups:
         first = group.layers[0]
         seen = statistics.inputs[first]
-        bits = numerics.HEAD_BITS if group.role.value in recipe.int8_roles else recipe.weight_bits
-        sizes = {
-            name: choose_group_size(
-                seen.channel_max.size, recipe.group_size if bits == 4 else PER_CHANNEL, f"{block_name}.{name}"
-            )
-            for name in group.layers
-            if not is_skipped(f"{block_name}.{name}", recipe)
-        }
-        if not sizes:
+        quantized = [name for name in group.layers if not is_skipped(f"{block_name}.{name}", recipe)]
+        if not quantized:
             continue
+        # layers that read one input have its width and its role, so the same scheme
+        where = f"{block_name}.{quantized[0]}"
+        bits, group_size = layer_bits_and_group(seen.channel_max.size, group.role, recipe, where)
         if not np.isfinite(seen.range):
             raise QuantizationError(
                 f"{block_name}.{first}: its input has NaN or infinite values during calibration; "
@@ -83,9 +79,9 @@ def decide(
             )
         choice = _choose(group, seen, recipe)
         if choice.equalize:
-            readers = {name: weights[name] for name in sizes}
-            scales[first] = equalization_scale(group, seen, recipe, readers, sizes)
-        for name, group_size in sizes.items():
+            readers = [weights[name] for name in quantized]
+            scales[first] = equalization_scale(group, seen, recipe, readers, bits, group_size)
+        for name in quantized:
             layers[name] = LayerPlan(
                 role=group.role,
                 input=f"{block_name}.{first}",
@@ -205,16 +201,31 @@ def is_skipped(name: str, recipe: Recipe) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in recipe.skip)
 
 
-def choose_group_size(in_features: int, wanted: int, name: str) -> int:
-    """Return `wanted` if it divides `in_features`, else the largest of 64 and 32 below it that does.
+def layer_bits_and_group(in_features: int, role: Role, recipe: Recipe, name: str) -> tuple[int, int]:
+    """Return bits and group size of a layer's weight: 8 bits have one scale a row.
 
-    PER_CHANNEL is `in_features`: one group a row.
+    Raises:
+        QuantizationError: no group size fits.
+    """
+    bits = 8 if role.value in recipe.int8_roles else recipe.weight_bits
+    return bits, in_features if bits == 8 else choose_group_size(in_features, recipe.group_size, name)
+
+
+def choose_group_size(in_features: int, wanted: int, name: str) -> int:
+    """Return the group size of int4 weights: `wanted` if it divides `in_features`, else 64 or 32.
+
+    PER_CHANNEL is `in_features`, which must be a multiple of 8, as codes are packed.
 
     Raises:
         QuantizationError: none does.
     """
-    if wanted == PER_CHANNEL:
+    if wanted == PER_CHANNEL and in_features % 8 == 0:
         return in_features
+    if wanted == PER_CHANNEL:
+        raise QuantizationError(
+            f"{name}: in_features {in_features} is not a multiple of 8, so its int4 codes can't be packed; use "
+            f"--weight-bits 8, or keep this layer in full precision with --skip '{name}'"
+        )
     sizes = [wanted, *(size for size in _FALLBACK_GROUP_SIZES if size < wanted)]
     for size in sizes:
         if in_features % size == 0:

@@ -28,8 +28,8 @@ from torch.nn import functional
 
 from fptq import numerics
 from fptq.errors import OutputError, QuantizationError
-from fptq.models.loading import FloatModel
-from fptq.models.stepping import PassingCache
+from fptq.models.loading import FloatModel, cache_argument
+from fptq.models.stepping import PassingCache, empty_cache
 from fptq.models.text import beginning_of_sequence
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import plain_tokens
@@ -197,10 +197,9 @@ def _continue(
     generator = torch.Generator().manual_seed(int(random.integers(2**63)))
     greedy_until = tokens.shape[1] + torch.from_numpy(random.integers(3, 6, size=(len(tokens), 1)))
     bar.update(tokens.numel())
-    fed, cache = tokens, None
+    fed, cache = tokens, empty_cache(model)
     while tokens.shape[1] < length:
-        output = model(fed, past_key_values=cache, use_cache=True)
-        cache, logits = output.past_key_values, output.logits[:, -1].float()
+        logits = model(fed, **cache_argument(model, cache), use_cache=True).logits[:, -1].float()
         if not bool(torch.isfinite(logits).all()):
             raise QuantizationError("the float model's logits have a NaN or an infinity: its weights are damaged")
         drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
@@ -262,7 +261,7 @@ def student_logits(
     """Return the student's logits [batch, length, vocabulary]; if `activations`, its KV cache is rounded as well."""
     cache = PassingCache(lambda keys, values: (_round_cached(keys), _round_cached(values))) if activations else None
     with quantized_layers(model, rounded, activations=activations):
-        return model(tokens, past_key_values=cache, use_cache=activations).logits
+        return model(tokens, **cache_argument(model, cache), use_cache=activations).logits
 
 
 def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -305,7 +304,7 @@ class _Training:
         if not math.isfinite(loss):
             raise QuantizationError(
                 f"training: the loss of step {len(self.losses) + 1} is {loss}; "
-                f"use a learning rate below {self._spec.learning_rate:g}, or train without quantized activations"
+                f"train for fewer steps, or in Python with a learning_rate below {self._spec.learning_rate:g}"
             )
         for name, weight in self.weights.items():
             weight.grad = rounded[name].grad

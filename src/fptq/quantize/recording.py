@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +22,18 @@ import numpy as np
 import torch
 from torch import nn
 
+import fptq
 from fptq.errors import OutputError
-from fptq.models.loading import FloatModel
+from fptq.models.loading import FloatModel, library_versions
 from fptq.models.stepping import BlockStepper
 from fptq.progress import progress_bar
 from fptq.quantize.observe import BlockStatistics, Wanted
 from fptq.quantize.walk import CalibrationWalk, cut_batches
+from fptq.quantize.workspace import exclusive
 from fptq.shards import write_durably, write_json
 
 _INDEX = "recording.json"
+_FIRST_INPUTS = "first_inputs"
 
 
 class Recording:
@@ -58,23 +65,34 @@ class Recording:
             QuantizationError: an activation has a NaN or an infinity.
             OutputError: the folder can't be written.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        index = {"identity": self._identity(), "wanted": asdict(wanted)}
-        known = self._read_index()
-        done = known["blocks"] if {**known, "blocks": None} == {**index, "blocks": None} else 0
+        try:
+            with exclusive(self._folder):
+                self._make(wanted, progress)
+        except OSError as cause:
+            raise OutputError(f"{cause.filename or self._folder}: {cause.strerror}; mend that and try again") from cause
+
+    def _make(self, wanted: Wanted, progress: bool) -> None:
+        identity, known = self._identity(), self._read_index()
         blocks = len(self._source.blocks)
+        done = known["blocks"] if known.get("identity") == identity and _covers(known, wanted) else 0
         if done == blocks:
             return
+        if done:
+            wanted = Wanted(**known["wanted"])  # what there is already has more than is wanted now
+        elif known.get("identity") == identity:
+            wanted = replace(wanted, gram=wanted.gram or known["wanted"]["gram"])
+        index = {"identity": identity, "wanted": asdict(wanted)}
+        self._require_space(wanted, blocks)
         walk = CalibrationWalk(self._source, self._tokens, self.dtype, self._folder, wanted)
         with progress_bar(blocks * len(self.batches), initial=done * len(self.batches), show=progress) as bar:
             bar.set_description("calibrating")
+            write_json(self._folder / _INDEX, {**index, "blocks": done})  # before the first file of other activations
             walk.begin(fresh=done == 0)
-            write_json(self._folder / _INDEX, {**index, "blocks": done})
             for number in range(done, blocks):
                 with self._source.loaded_block(number, self.dtype) as block:
                     statistics = walk.observe(number, block, bar.update)
                 arrays: dict[str, Any] = statistics.to_arrays()
-                arrays["first_inputs"] = walk.first_inputs(number).float().numpy()
+                arrays[_FIRST_INPUTS] = walk.first_inputs(number).float().numpy()
                 write_durably(self._path(number), partial(np.savez, **arrays))
                 write_json(self._folder / _INDEX, {**index, "blocks": number + 1})
         for path in self._folder.glob("activations.*"):
@@ -83,9 +101,8 @@ class Recording:
     def require(self, wanted: Wanted) -> None:
         """Raise OutputError unless the folder holds a finished recording of this model and data with all that."""
         known = self._read_index()
-        has = known.get("wanted", {})
-        enough = (has.get("gram") or not wanted.gram) and wanted.percentile in (None, has.get("percentile"))
-        if known.get("identity") != self._identity() or known["blocks"] < len(self._source.blocks) or not enough:
+        finished = known["blocks"] == len(self._source.blocks)
+        if known.get("identity") != self._identity() or not finished or not _covers(known, wanted):
             raise OutputError(
                 f"{self._folder}: holds no recording of this model, calibration and recipe; make it first"
             )
@@ -98,6 +115,7 @@ class Recording:
 
     def _identity(self) -> str:
         values = {
+            "versions": {"fptq": fptq.__version__, "torch": str(torch.__version__), **library_versions()},
             "model": str(self._source.location.resolve()),
             "files": self._source.tensors.identity(),
             "config": self._source.config_dict(),
@@ -122,24 +140,50 @@ class Recording:
         Raises:
             OutputError: the recording is damaged.
         """
-        statistics = BlockStatistics.from_arrays(self._arrays(index))
+        with self._opened(index) as arrays:
+            statistics = BlockStatistics.from_arrays({key: arrays[key] for key in arrays if key != _FIRST_INPUTS})
         for _ in self.batches:
             on_batch()
         return statistics
 
     def run_first_batch(self, index: int) -> None:
         """Run the loaded block, in float32, on the first samples."""
-        self._stepper.run(index, torch.from_numpy(self._arrays(index)["first_inputs"]))
+        with self._opened(index) as arrays:
+            inputs = torch.from_numpy(arrays[_FIRST_INPUTS])
+        self._stepper.run(index, inputs)
 
     def disk_bytes(self) -> int:
         """Return what it takes more than it has already."""
         return 0
 
-    def _arrays(self, index: int) -> dict[str, Any]:
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[Any]:
+        """Give the arrays of a block by name, each read when it is asked for."""
         try:
             with np.load(self._path(index), allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (OSError, ValueError, EOFError) as cause:
+                yield arrays
+        except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as cause:
             raise OutputError(
                 f"{self._path(index)}: can't be read ({cause}); remove its folder and start again"
             ) from cause
+
+    def _require_space(self, wanted: Wanted, blocks: int) -> None:
+        """Raise OutputError unless there is room for all blocks' Gram matrices and inputs, and the activations."""
+        widths = [self._source.blocks[0].get_submodule(group.layers[0]).in_features for group in self._source.groups]
+        hidden, (_, count) = self._source.config.hidden_size, self.batches[0]
+        grams = blocks * sum(4 * width * width for width in widths) if wanted.gram else 0
+        inputs = (
+            4 * blocks * count * self._tokens.shape[1] * hidden + 2 * self._tokens.size * hidden * self.dtype.itemsize
+        )
+        free = shutil.disk_usage(self._folder).free
+        if free < grams + inputs:
+            raise OutputError(
+                f"{self._folder}: {free / 1e9:.2f} GB free, {(grams + inputs) / 1e9:.2f} GB needed for statistics, "
+                f"{grams / 1e9:.2f} of it Gram matrices, which 'fptq quantize' doesn't keep"
+            )
+
+
+def _covers(known: dict[str, Any], wanted: Wanted) -> bool:
+    """Return whether a recording's index has all that is wanted."""
+    has = known.get("wanted", {})
+    return bool(has.get("gram") or not wanted.gram) and wanted.percentile in (None, has.get("percentile"))

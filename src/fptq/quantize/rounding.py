@@ -13,7 +13,7 @@ from fptq.models.architectures import InputGroup
 from fptq.quantize.clipping import learn_clipping
 from fptq.quantize.clusters import cluster_steps
 from fptq.quantize.equalize import CacheRanges
-from fptq.quantize.gptq import round_gptq
+from fptq.quantize.gptq import Compensation, round_gptq
 from fptq.quantize.observe import BlockStatistics, InputStatistics
 from fptq.quantize.policy import BlockPlan
 from fptq.recipe import Activation, LayerPlan, Recipe
@@ -44,11 +44,12 @@ def round_weights(
         planned = [name for name in group.layers if name in plan.layers]
         seen, s = statistics.inputs[first], plan.scales.get(first)
         gram = _gram_after(seen.gram, s) if planned and seen.gram is not None and recipe.needs_gram else None
+        compensation = Compensation.of(gram) if gram is not None and recipe.rounding == "gptq" else None
         for name in planned:
             layer = plan.layers[name]
             weight = block.get_submodule(name).weight.float()
             _check_size(name, weight)
-            codes, scales = _round(weight, gram, layer, recipe)
+            codes, scales = _round(weight, gram, compensation, layer, recipe)
             static, clusters = (layer.activation is kind for kind in (Activation.STATIC, Activation.CLUSTERS))
             rounded[name] = QuantizedLinear(
                 codes=codes.numpy(),
@@ -76,7 +77,11 @@ def _channel_steps(seen: InputStatistics, s: np.ndarray | None, recipe: Recipe) 
 
 
 def _round(
-    weight: torch.Tensor, gram: torch.Tensor | None, layer: LayerPlan, recipe: Recipe
+    weight: torch.Tensor,
+    gram: torch.Tensor | None,
+    compensation: Compensation | None,
+    layer: LayerPlan,
+    recipe: Recipe,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 codes [n, k] and float32 scales [n, G]."""
     bits, size = layer.weight_bits, layer.group_size
@@ -85,9 +90,8 @@ def _round(
         assert gram is not None
         scales = learn_clipping(weight, gram, size, bits)
         codes = numerics.quantize_weight_with(weight, scales, bits)
-    if recipe.rounding == "gptq":
-        assert gram is not None
-        codes = round_gptq(weight, gram, scales, bits)
+    if compensation is not None:
+        codes = round_gptq(weight, compensation, scales, bits)
     return codes, scales
 
 

@@ -21,6 +21,21 @@ from fptq.errors import CheckpointError, FPTQError, OutputError
 from fptq.shards import flush_folder, write_json
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it for this process.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock").acquire(timeout=0):
+            yield
+    except Timeout as cause:
+        raise OutputError(f"{folder}: another fptq process is working in it") from cause
+
+
 class Workspace:
     """The output folder of a job and the working folder beside it.
 

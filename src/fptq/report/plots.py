@@ -15,7 +15,7 @@ from fptq.recipe import PER_CHANNEL
 _LABELS = {
     "v0": "v0, largest range that stays as it is",
     "v1": "v1, smallest range that is dynamic",
-    "alpha": "alpha, exponent of LAE's logarithm",
+    "alpha": "alpha, strength of equalization",
     "group_size": "weights that share a scale",
     "percentile": "percentile that is kept",
 }
@@ -127,7 +127,7 @@ def _curves(sweep: Sweep, field: str) -> dict[str, list[dict[str, Any]]]:
 def _ticks(field: str, values: Iterable[float]) -> dict[float, tuple[float, str]]:
     """Return place and label of each value on its axis, in the order of the axis: group sizes stand side by side."""
     if field != "group_size":
-        return {value: (value, f"{value:g}") for value in sorted(values)}
+        return {value: (value, f"{value:.10g}") for value in sorted(values)}
     ordered = sorted(values, key=lambda size: size if size != PER_CHANNEL else float("inf"))
     return {size: (i, f"{size:g}" if size != PER_CHANNEL else "a row") for i, size in enumerate(ordered)}
 
