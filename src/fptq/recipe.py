@@ -384,7 +384,7 @@ def _presets() -> dict[str, Preset]:
         "quantization-aware training on generated text, int4 per channel, activations per token",
         "LLM-QAT, arXiv 2305.17888",
         group_size=PER_CHANNEL,
-        training_steps=50,
+        training_steps=12,
     )
 
     for outliers, summary in (
