@@ -53,15 +53,16 @@ class Scores:
     top1_agreement: list[float]
 
 
-def write_float_model(model: FloatModel, folder: Path) -> None:
-    """Write the model as a Hugging Face folder in float32, if it isn't there."""
-    if folder.exists():
-        return
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.load_all(torch.float32).save_pretrained(partial)
-    model.save_companions(partial)
-    partial.rename(folder)
+def write_float_model(model: str, folder: Path) -> FloatModel:
+    """Return the model as a Hugging Face folder in float32, which is written if it isn't there."""
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        source = FloatModel.open(model)
+        source.load_all(torch.float32).save_pretrained(partial)
+        source.save_companions(partial)
+        partial.rename(folder)
+    return FloatModel.open(str(folder))
 
 
 def choose_group_sizes(model: FloatModel, wanted: int) -> dict[str, int]:
@@ -141,7 +142,7 @@ def check_inputs(name: str, layer: torch.nn.Module, scheme: QuantizationScheme) 
     args = scheme.input_activations
     rounded = x
     if args is not None:
-        step = x.abs().amax(1, keepdim=True) * 2 / 255 if args.dynamic else layer.input_scale.reshape(1, 1)
+        step = x.abs().amax(1, keepdim=True) / 127.5 if args.dynamic else layer.input_scale.reshape(1, 1)
         rounded = (x / step).round().clamp(-128, 127) * step
     expected = torch.nn.functional.linear(rounded, layer.weight, layer.bias)
     error = float((layer(x) - expected).abs().max() / expected.abs().max())
@@ -304,14 +305,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder: Path = options.folder.resolve()
 
-    model = FloatModel.open(options.model)
+    base = folder / "results" / options.model.strip("/").replace("/", "--")
+    model = write_float_model(options.model, base / "float")
     spec = CalibrationSpec(options.calibration, options.samples, options.length, options.seed)
     calibration = load_calibration(spec, model.tokenizer, model.config.vocab_size)
-    base = folder / "results" / model.name.replace("/", "--")
     shape = f"{calibration.tokens.shape[0]}x{options.length}-{calibration.fingerprint()[:8]}"
     results_folder = base / shape
     results_folder.mkdir(parents=True, exist_ok=True)
-    write_float_model(model, base / "float")
     np.save(results_folder / "calibration.npy", calibration.tokens)
     sizes = choose_group_sizes(model, options.group_size)
     fewer = {name: int(count) for name, count in named(options.fewer).items()}
@@ -343,7 +343,7 @@ def main() -> None:
     tokens = model.tokenizer(read_text(Path(options.text)), add_special_tokens=False).input_ids
     windows = cut_windows(tokens, start_tokens, options.window_length, options.windows)
     ours = named(options.ours)
-    scores = score_all(peers, ours, options.model, base / "float-scores.json", windows, options.at_once)
+    scores = score_all(peers, ours, str(base / "float"), base / "float-scores.json", windows, options.at_once)
     scores = {name: scores[name] for name in ["reference", *peers, *ours]}
     compared = pairs(scores, ours, peers)
     table = markdown(scores, results, compared, failed)

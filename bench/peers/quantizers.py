@@ -9,6 +9,7 @@ activations are quantized, too, else that or weights that are float again.
 
 import importlib.metadata
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -226,6 +227,7 @@ def llmcompressor_w4a8_groups(job: Job) -> dict[str, Any]:
 
 def gptqmodel_gptq(job: Job) -> dict[str, Any]:
     """GPTQModel's GPTQ; its checkpoint is kept in "packed", and unpacked to floats."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # needs two, and takes one by default where there are 2 cores
     from gptqmodel import GPTQModel
     from gptqmodel.quantization import GPTQConfig
 
