@@ -169,7 +169,9 @@ def llmcompressor_awq(job: Job) -> dict[str, Any]:
     """AWQ with its default search, then rounding to nearest."""
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
+    IntermediatesCache.pin_memory = lambda *_: None  # fails where there is no accelerator to pin memory for
     settings = {"duo_scaling": True, "n_grid": 20}
     quantization = QuantizationModifier(config_groups=grouped_schemes(job), ignore=[HEAD])
     run_llmcompressor(job, [AWQModifier(**settings), quantization])
@@ -182,6 +184,7 @@ def llmcompressor_smooth(job: Job) -> dict[str, Any]:
 
     settings = {"smoothing_strength": 0.5}
     run_llmcompressor(job, [SmoothQuantModifier(**settings)])
+    (job.checkpoint / "recipe.yaml").unlink()  # the next one would read it, and can't
     return settings
 
 
@@ -228,6 +231,7 @@ def llmcompressor_w4a8_groups(job: Job) -> dict[str, Any]:
 def gptqmodel_gptq(job: Job) -> dict[str, Any]:
     """GPTQModel's GPTQ; its checkpoint is kept in "packed", and unpacked to floats."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # needs two, and takes one by default where there are 2 cores
+    import torch
     from gptqmodel import GPTQModel
     from gptqmodel.quantization import GPTQConfig
 
@@ -235,8 +239,16 @@ def gptqmodel_gptq(job: Job) -> dict[str, Any]:
     usual = max(sizes, key=lambda size: len(sizes[size]))
     dynamic = {rf"+:^{name}$": {"group_size": size} for name, size in job.group_sizes.items() if size != usual}
     settings = {"desc_act": False, "act_group_aware": False, "damp_percent": 0.01, "static_groups": False}
-    config = GPTQConfig(bits=4, group_size=usual, sym=True, dynamic=dynamic or None, offload_to_disk=False, **settings)
-    model = GPTQModel.load(job.model, config, device="cpu", dtype="float32")
+    config = GPTQConfig(
+        bits=4,
+        group_size=usual,
+        sym=True,
+        dynamic=dynamic or None,
+        offload_to_disk=False,
+        pack_impl="original",  # the others are compiled first
+        **settings,
+    )
+    model = GPTQModel.load(job.model, config, device="cpu", dtype=torch.float32)  # a name is taken for bfloat16
     rows = [{"input_ids": row[None], "attention_mask": row[None] * 0 + 1} for row in job.sequences()]
     model.quantize(rows, batch_size=1)
     packed = Path(job.folder) / "packed"
@@ -299,7 +311,9 @@ def autoround_w4a16(job: Job) -> dict[str, Any]:
         enable_torch_compile=False,
         amp=False,
     )
-    tuner.quantize_and_save(str(job.checkpoint), format="fake")
+    tuner.quantize_and_save(str(Path(job.folder) / "tuned"), format="fake")
+    (written,) = (file.parent for file in Path(job.folder).glob("tuned/**/config.json"))
+    written.rename(job.checkpoint)
     return {"iters": job.iterations, "batch_size": BATCH}
 
 
