@@ -138,11 +138,12 @@ def check_inputs(name: str, layer: torch.nn.Module, scheme: QuantizationScheme) 
     The tolerance is that of a sum of float32 products in another order, relative to the largest output. Inputs that
     weren't rounded would miss it by four orders.
     """
-    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)) * 2
+    # as layers get it, with a batch in front: a matrix alone would be one token to compressed-tensors
+    x = torch.randn(1, 3, layer.in_features, generator=torch.Generator().manual_seed(0)) * 2
     args = scheme.input_activations
     rounded = x
     if args is not None:
-        step = x.abs().amax(1, keepdim=True) / 127.5 if args.dynamic else layer.input_scale.reshape(1, 1)
+        step = x.abs().amax(-1, keepdim=True) / 127.5 if args.dynamic else layer.input_scale
         rounded = (x / step).round().clamp(-128, 127) * step
     expected = torch.nn.functional.linear(rounded, layer.weight, layer.bias)
     error = float((layer(x) - expected).abs().max() / expected.abs().max())
