@@ -136,7 +136,7 @@ def check_inputs(name: str, layer: torch.nn.Module, scheme: QuantizationScheme) 
     """Compare a layer with the arithmetic that its scheme stands for: symmetric int8 inputs over 255 steps, or floats.
 
     The tolerance is that of a sum of float32 products in another order, relative to the largest output. Inputs that
-    weren't rounded would miss it by four orders.
+    weren't rounded would miss it by three orders.
     """
     # as layers get it, with a batch in front: a matrix alone would be one token to compressed-tensors
     x = torch.randn(1, 3, layer.in_features, generator=torch.Generator().manual_seed(0)) * 2
