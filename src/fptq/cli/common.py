@@ -1,0 +1,139 @@
+"""What several commands share: options and their values, help, errors for what isn't installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from fptq.errors import FPTQError, MissingDependencyError, OutputError
+from fptq.recipe import CHOICES, PRESETS, Recipe, Role, get_recipe
+
+MODEL_HELP = "a model folder (safetensors), a GGUF file, a Hugging Face id, or 'demo' (SmolLM2-135M-Instruct)"
+
+
+def add_command(
+    commands: Any, name: str, run: Any, summary: str, details: str, *, resumes: bool = False
+) -> argparse.ArgumentParser:
+    """Add a command to the parser and return it.
+
+    Args:
+        commands: argparse's subparsers.
+        name: of the command.
+        run: is called with the parsed options; among them are `parser`, this command's, and `resumes`.
+        summary: one line, for the list of commands.
+        details: for the command's own help.
+        resumes: whether the same command goes on where an interrupted one was.
+    """
+    text = f"{summary}.\n\n{textwrap.dedent(details).strip()}"
+    command = commands.add_parser(name, help=summary, description=text, formatter_class=_HelpFormatter)
+    command.set_defaults(run=run, parser=command, resumes=resumes)
+    return command
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps line breaks, and shows each option's default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_recipe_options(command: argparse.ArgumentParser) -> None:
+    """Add the recipe, and its settings that are changed most."""
+    recipe = command.add_argument_group("recipe", "What isn't given is as the recipe has it.")
+    add = recipe.add_argument
+    usual = get_recipe("fptq")
+    add("--recipe", default="fptq", choices=list(PRESETS), metavar="NAME", help="quantization method, see above")
+    size = f"input channels per weight scale, 0 for one scale a row (fptq: {usual.group_size})"
+    add("--group-size", type=int, metavar="N", help=size)
+    add("--weight-bits", type=int, choices=[4, 8], help="4, or 8 with one scale a row")
+    add("--v0", type=float, help=f"up to this activation range: static per-tensor (fptq: {usual.v0:g})")
+    add("--v1", type=float, help=f"from this activation range on: dynamic per-token (fptq: {usual.v1:g})")
+    alpha = f"exponent of LAE's logarithm, Eq. 5 (fptq: {usual.alpha:g}), or SmoothQuant's migration strength (0.5)"
+    add("--alpha", type=float, help=alpha)
+    for name, what in {
+        "equalization": "scales that divide input channels and multiply weights",
+        "activations": "how inputs are quantized; table2 is FPTQ's policy of three ranges",
+        "rounding": "of weights",
+        "kv-cache": "static int8, or float",
+        "lm-head": "output head: every token reads all of it, in a small model half of all bytes and more; int8 (a "
+        "scale for each row) halves that; an embedding that shares the head's weight becomes the same codes",
+    }.items():
+        add(f"--{name}", choices=CHOICES[name.replace("-", "_")], help=what)
+    roles = [role.value for role in Role]
+    dynamic = "quantize such inputs dynamically per token whatever their range; may be repeated"
+    add("--dynamic", action="append", default=[], choices=roles, help=dynamic)
+    skip = "keep linear layers whose name matches in float, as '*.down_proj'; may be repeated"
+    add("--skip", action="append", default=[], metavar="PATTERN", help=skip)
+
+
+def add_calibration_options(command: argparse.ArgumentParser, source: str, samples: int) -> None:
+    """Add what to calibrate on, with these defaults."""
+    calibration = command.add_argument_group("calibration")
+    add = calibration.add_argument
+    sources = (
+        "'pile' (Hub data set), 'random' (drawn from the vocabulary: needs no data), a .txt or .jsonl file, a Hub id"
+    )
+    add("--calibration", default=source, metavar="SOURCE", help=sources)
+    add("--samples", type=int, default=samples, help="token sequences")
+    add("--length", type=int, default=512, help="tokens in each")
+    add("--seed", type=int, default=0, help="of the choice of text or tokens")
+    dtype = "in which the float model runs over the calibration data"
+    add("--compute-dtype", default="float32", choices=["float32", "bfloat16"], help=dtype)
+
+
+_RECIPE_OPTIONS = (
+    "group_size",
+    "weight_bits",
+    "v0",
+    "v1",
+    "alpha",
+    "equalization",
+    "activations",
+    "rounding",
+    "kv_cache",
+    "lm_head",
+    "dynamic",
+    "skip",
+)
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """Return the recipe that the options describe."""
+    given = {name: getattr(options, name) for name in _RECIPE_OPTIONS if getattr(options, name) not in (None, [])}
+    recipe = get_recipe(options.recipe, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    idle = sorted(given.keys() & set(recipe.idle_fields()))
+    if idle:
+        raise FPTQError(f"--{idle[0].replace('_', '-')} changes nothing with recipe {options.recipe} as it is")
+    return recipe
+
+
+def calibration_of(options: argparse.Namespace) -> Any:
+    """Return the calibration data that the options describe."""
+    from fptq.quantize import CalibrationSpec
+
+    return CalibrationSpec(options.calibration, options.samples, options.length, options.seed)
+
+
+def write_json(path: str, values: dict[str, Any]) -> None:
+    """Write a JSON file, or raise OutputError."""
+    try:
+        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    except OSError as cause:
+        raise OutputError(f"{path}: can't be written ({cause.strerror})") from cause
+
+
+def require_torch() -> None:
+    """Raise MissingDependencyError unless torch and transformers are installed."""
+    for package in ("torch", "transformers"):
+        try:
+            __import__(package)
+        except ModuleNotFoundError as cause:
+            raise MissingDependencyError(
+                f"this command needs {package}: pip install 'fptq[torch]' "
+                "(for a CPU build of torch see the README's installation section)"
+            ) from cause
