@@ -158,7 +158,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     require_torch()
-    from fptq.evaluate.compare import Contender, compare
+    from fptq.evaluate.compare import Contender
     from fptq.evaluate.paper import PAPER_TABLES
     from fptq.report.comparison import comparison_tables, layer_table
 
@@ -181,16 +181,7 @@ def _compare(options: argparse.Namespace) -> None:
     if options.table == "6" and len(set(sources)) == 1:
         raise FPTQError("--table 6 compares calibration on text and on random tokens: give a text with --calibration")
     folder = Path(options.output).expanduser()
-    results = compare(
-        options.model,
-        contenders,
-        _trial(options),
-        folder,
-        calibration_of(options),
-        compute_dtype=options.compute_dtype,
-        progress=not options.quiet,
-        announce=_announce(options),
-    )
+    results = _compared(options, contenders)
     tables = comparison_tables(results, title, results[0])
     if options.layers:
         one, other = (results[labels.index(name)] for name in options.layers)
@@ -200,7 +191,6 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     require_torch()
-    from fptq.evaluate.compare import compare
     from fptq.evaluate.sweep import SWEPT, Sweep, label_of
     from fptq.report.comparison import comparison_tables
     from fptq.report.plots import plot_sweep, require_plots
@@ -211,16 +201,7 @@ def _sweep(options: argparse.Namespace) -> None:
     folder = Path(options.output).expanduser()
     for settings in sweep.impossible():
         print(f"fptq: left out {label_of(settings)}: v0 is above v1", file=sys.stderr)
-    results = compare(
-        options.model,
-        sweep.contenders(),
-        _trial(options),
-        folder,
-        calibration_of(options),
-        compute_dtype=options.compute_dtype,
-        progress=not options.quiet,
-        announce=_announce(options),
-    )
+    results = _compared(options, sweep.contenders())
     title = f"{options.model}: settings of {options.recipe}"
     _keep_tables(folder / "sweep", comparison_tables(results, title, results[2]), results, options)
     plot_sweep(folder / f"sweep.{options.plot}", sweep, results, title)
@@ -264,8 +245,20 @@ def _trial(options: argparse.Namespace) -> Any:
     return Trial(options.text, options.window, options.windows, tasks, options.runtime)
 
 
-def _announce(options: argparse.Namespace) -> Any:
-    return lambda line: None if options.quiet else print(line, file=sys.stderr, flush=True)
+def _compared(options: argparse.Namespace, contenders: Any) -> Any:
+    """Return the results of contenders, and say what begins on stderr."""
+    from fptq.evaluate.compare import compare
+
+    return compare(
+        options.model,
+        contenders,
+        _trial(options),
+        Path(options.output).expanduser(),
+        calibration_of(options),
+        compute_dtype=options.compute_dtype,
+        progress=not options.quiet,
+        announce=lambda line: None if options.quiet else print(line, file=sys.stderr, flush=True),
+    )
 
 
 def _keep_tables(path: Path, tables: Any, results: Any, options: argparse.Namespace) -> None:

@@ -65,11 +65,8 @@ class Recording:
             QuantizationError: an activation has a NaN or an infinity.
             OutputError: the folder can't be written.
         """
-        try:
-            with exclusive(self._folder):
-                self._make(wanted, progress)
-        except OSError as cause:
-            raise OutputError(f"{cause.filename or self._folder}: {cause.strerror}; mend that and try again") from cause
+        with exclusive(self._folder):
+            self._make(wanted, progress)
 
     def _make(self, wanted: Wanted, progress: bool) -> None:
         identity, known = self._identity(), self._read_index()

@@ -26,14 +26,19 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Make a folder and hold it for this process.
 
     Raises:
-        OutputError: another process holds it.
+        OutputError: another process holds it, or something in it can't be read or written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock").acquire(timeout=0):
             yield
     except Timeout as cause:
         raise OutputError(f"{folder}: another fptq process is working in it") from cause
+    except OSError as cause:
+        place = cause.filename or folder
+        raise OutputError(
+            f"{place}: {cause.strerror or cause}; when that is mended, the same command goes on"
+        ) from cause
 
 
 class Workspace:
