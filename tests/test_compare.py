@@ -380,7 +380,7 @@ def test_the_sweep_command(model: Path, data_dir: Path, tmp_path: Path, capsys: 
         (["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp", "--tasks", "pika"], "pika"),
         (
             ["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp", "--text", "{tmp}/t.txt", "--window", "400"],
-            "--length 400: the model's context has 256 tokens",
+            "400 tokens are asked for, the model's context has 256 tokens",
         ),
         (["compare", "{model}", "-o", "{tmp}/x", "--recipes", "fp", "--text", "no.txt", "--window", "64"], "no.txt"),
         (["sweep", "{model}", "-o", "{tmp}/x", "--text", "t.txt"], "nothing to sweep"),

@@ -237,7 +237,7 @@ class FloatModel:
         """Raise `error` if `length` tokens don't fit the model's context."""
         context = getattr(self.config, "max_position_embeddings", None)
         if context and length > context:
-            raise error(f"--length {length}: the model's context has {context} tokens")
+            raise error(f"{length} tokens are asked for, the model's context has {context} tokens")
 
     def companion_digests(self) -> dict[str, str]:
         """Return the SHA-256 of each tokenizer and generation file that a model folder has."""
