@@ -413,7 +413,7 @@ def test_a_record_of_other_layers_or_of_another_version_is_refused(folder: Path)
     with pytest.raises(CheckpointError, match=f"disagree about layer '{re.escape(O1)}'"):
         Checkpoint.open(folder)
     change_json(folder / RECORD_FILE, lambda record: record.update(format_version=1))
-    with pytest.raises(CheckpointError, match="format version 2, this fptq reads 1; upgrade fptq"):
+    with pytest.raises(CheckpointError, match="format version 1, this fptq reads 2; upgrade fptq"):
         Checkpoint.open(folder)
 
 
