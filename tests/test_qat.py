@@ -345,7 +345,7 @@ def test_what_the_model_cant_do_is_refused(change: dict[str, Any], match: str, l
 def test_an_infinite_loss_ends_the_training(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = qat.divergence
     monkeypatch.setattr(qat, "divergence", lambda logits, wanted: real(logits * float("nan"), wanted))
-    with pytest.raises(QuantizationError, match=r"loss of step 1 is nan; train for fewer steps, or in Python with a learning_rate below 0\.001"):
+    with pytest.raises(QuantizationError, match=r"loss of step 1 is nan; .* learning_rate below 0\.001"):
         train(llama, tmp_path / "out", SPEC)
 
 
