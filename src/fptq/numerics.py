@@ -181,7 +181,8 @@ def w4a8_matmul(
     If the activations are codes, the inner sums are integers and exact: in a group of 128, |Σ q_a·q_w| is at most
     128 · 128 · 8 = 2^17, and float32 holds every integer up to 2^24, whatever the order of summation. The outer sum
     runs over the groups in ascending order in float32: its error is at most (G + 3) · 2^-24 · (Σ_g |term_g| + |bias|).
-    An int8 row is one group of k: its sum is exact up to k = 2^24 / (128 · 127) = 1032, and rounded in float32 beyond.
+    A row with one scale is one group of k: of int8 codes its sum is exact up to k = 2^24 / (128 · 127) = 1032, of int4
+    codes up to 2^24 / (128 · 8) = 16384, and rounded in float32 beyond.
 
     Args:
         activation_codes: [m, k], 8-bit codes as float32.
