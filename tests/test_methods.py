@@ -13,9 +13,9 @@ from fptq.errors import OutputError, QuantizationError
 from fptq.integrations.transformers import W4A8Linear, load
 from fptq.models.loading import FloatModel
 from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.quantize.clipping import learn_clipping
+from fptq.quantize.clipping import CLIPPING_RATIOS, learn_clipping, search_clipping
 from fptq.quantize.clusters import cluster_channels, cluster_steps
-from fptq.quantize.equalize import awq_scale, output_error, smoothquant_scale
+from fptq.quantize.equalize import awq_scale, lae_scale, output_error, search_scale, smoothquant_scale
 from fptq.quantize.gptq import Compensation, round_gptq
 from fptq.quantize.observe import BlockStatistics, Wanted, observing
 from fptq.quantize.pipeline import record
@@ -109,6 +109,29 @@ def test_learned_clipping_lowers_every_rows_error() -> None:
     assert float(learn_clipping(torch.zeros(2, 64), gram, 32, 4).min()) == 1.0
 
 
+@pytest.mark.parametrize("size", [16, 64])
+def test_searched_clipping_is_each_groups_best_ratio(size: int) -> None:
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
+    weight[:, 7] *= 4
+    x = correlated_inputs(64)
+    found = search_clipping(weight, x.T @ x, size, 4)
+    clipped = 0
+    for row in range(6):
+        for group in range(64 // size):
+            channels = slice(group * size, (group + 1) * size)
+            w, inputs = weight[row, channels], x[:, channels]
+
+            def error(scale: torch.Tensor, w: torch.Tensor = w, inputs: torch.Tensor = inputs) -> float:
+                return float((inputs @ ((w / scale).round().clamp(-8, 7) * scale - w)).square().sum())
+
+            scales = [numerics.scale_from_absmax(ratio * w.abs().max(), 4) for ratio in CLIPPING_RATIOS]
+            assert error(found[row, group]) == pytest.approx(min(map(error, scales)), rel=1e-3)
+            clipped += float(found[row, group]) < 0.8 * float(w.abs().max()) / 7
+    assert clipped > 0
+    torch.testing.assert_close(found, found.bfloat16().float(), rtol=0, atol=0)
+    assert float(search_clipping(torch.zeros(2, 64), x.T @ x, 32, 4).min()) == 1.0
+
+
 def test_smoothquant_splits_the_range_between_input_and_weight() -> None:
     x, w = np.array([8.0, 0.5, 0.0, 3.0], np.float32), np.array([0.5, 2.0, 1.0, 0.0], np.float32)
     np.testing.assert_allclose(smoothquant_scale(x, w, 0.5), [4.0, 0.5, 1.0, 1.0])
@@ -130,6 +153,53 @@ def test_awq_finds_the_ratio_of_least_output_error() -> None:
     least = min(error(s / (s.max() * s.min()).sqrt()) for s in candidates)
     assert error(found) == pytest.approx(least, rel=1e-5)
     assert error(found) < 0.8 * error(torch.ones(64))
+
+
+class TestSearchedScale:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))
+    x = correlated_inputs(64)
+
+    def search(self, x: torch.Tensor, *, static: bool) -> torch.Tensor:
+        rms, maxima = x.square().mean(0).sqrt().numpy(), x.abs().amax(0).numpy()
+        return torch.from_numpy(search_scale(maxima, rms, [self.weight], x.T @ x, len(x), 32, 4, static=static))
+
+    def error(self, s: torch.Tensor, *, static: bool) -> float:
+        """What the scale costs, measured: rounded inputs times rounded weights beside the exact product."""
+        rounded = numerics.dequantize_weight(*numerics.quantize_weight(self.weight * s, 32))
+        x = self.x / s
+        if static:
+            step = float(x.abs().max()) / 127
+            x = (x / step).round() * step
+        return float((x @ rounded.T - self.x @ self.weight.T).square().sum())
+
+    def test_it_is_at_least_as_good_as_every_published_scale(self) -> None:
+        maxima, rms = self.x.abs().amax(0), self.x.square().mean(0).sqrt()
+        published = [torch.ones(64), torch.from_numpy(lae_scale(maxima.numpy())), rms**0.5]
+        published.append(torch.from_numpy(smoothquant_scale(maxima.numpy(), self.weight.abs().amax(0).numpy(), 0.5)))
+        for static in (False, True):
+            # the middle of a scale is the search's to choose, and moves roundings a little
+            best = self.error(self.search(self.x, static=static), static=static)
+            assert all(best < 1.05 * self.error(s, static=static) for s in published)
+            assert best < 0.8 * self.error(torch.ones(64), static=static)
+
+    def test_static_inputs_move_more_of_the_range_into_the_weight(self) -> None:
+        x = self.x.clone()
+        x[::100, 5] = 300  # a step for these few is one for all
+        dynamic, static = self.search(x, static=False), self.search(x, static=True)
+
+        def spread(s: torch.Tensor) -> float:
+            channels = (x / s).abs().amax(0)
+            return float(channels.max() / channels.mean())
+
+        assert spread(static) < spread(dynamic)
+
+    def test_a_dead_channel_has_no_scale(self) -> None:
+        x = self.x.clone()
+        x[:, 9] = 0
+        found = self.search(x, static=True)
+        assert found[9] == 1
+        assert bool(torch.isfinite(found).all())
+        torch.testing.assert_close(self.search(0 * x, static=True), torch.ones(64))
 
 
 def test_low_rank_correction_is_the_best_of_its_rank() -> None:
@@ -497,8 +567,10 @@ def test_settings_change_the_result(model: Path, tmp_path: Path) -> None:
         {"equalization": "smoothquant", "alpha": 0.8},
         {"equalization": "smoothquant", "alpha": 0.5, "fuse_into_linear": True},
         {"equalization": "awq"},
+        {"equalization": "search"},
         {"rounding": "gptq"},
         {"clipping": "learned"},
+        {"clipping": "search"},
         {"low_rank": 2},
         {"kv_cache": "float"},
         {"int8_roles": ("fc2",)},

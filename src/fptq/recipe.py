@@ -48,11 +48,11 @@ LM_HEADS = ("float", "int8")
 """How the output head can be stored."""
 
 CHOICES = {
-    "equalization": ("lae", "smoothquant", "awq", "none"),
+    "equalization": ("lae", "smoothquant", "awq", "search", "none"),
     "activations": ("table2", "static", "dynamic", "float", "fp8", "outliers", "clusters", "channels"),
     "outliers": ("none", "clip", "winsorize", "channels"),
     "rounding": ("nearest", "gptq"),
-    "clipping": ("none", "learned"),
+    "clipping": ("none", "learned", "search"),
     "kv_cache": ("int8", "float"),
     "lm_head": LM_HEADS,
 }
@@ -80,7 +80,8 @@ class Recipe:
             Figure 4, which shows every FC2 as dynamic, where Algorithm 1 has those up to v0 static.
         equalization: which scales divide the channels of an input and multiply the weights: "lae" those of Eq. 1, for
             ranges between v0 and v1; "smoothquant" max|x|^alpha / max|w|^(1 - alpha), and "awq" mean|x|^ratio with the
-            ratio of least output error, for every input whose scale can be fused.
+            ratio of least output error, and "search" the best of a family that has all of these (`search_scale`), for
+            every input whose scale can be fused.
         alpha: exponent of LAE's logarithm (Eq. 5; 1 is Eq. 1), or SmoothQuant's migration strength.
         fuse_into_linear: also equalize where the scale fuses into the rows of a linear layer (attention output into
             v_proj, down_proj into up_proj, FC2 into FC1 through ReLU). The paper fuses into norms only.
@@ -90,7 +91,8 @@ class Recipe:
         percentile: of "clip" and "winsorize".
         clusters: number of channel clusters of an input (RPTQ).
         rounding: "nearest", or "gptq", which lets later input channels make up for the error of earlier ones.
-        clipping: "learned" finds, by gradient descent on the output error, how far each weight scale shrinks (LWC).
+        clipping: how far each weight scale shrinks: "learned" finds it by gradient descent on the layer's output error
+            (LWC), "search" tries ratios for each group.
         low_rank: rank of the float correction that is added to the weights (ZeroQuant-V2's LoRC).
         propagate_error: a block is calibrated on the outputs of the quantized blocks before it, not of the float ones.
         int8_roles: roles whose weights get 8 bits.
@@ -203,7 +205,7 @@ class Recipe:
     @property
     def needs_gram(self) -> bool:
         """Whether the method weighs weight errors by the inputs' Gram matrix."""
-        return self.rounding == "gptq" or self.clipping == "learned" or self.equalization == "awq"
+        return self.rounding == "gptq" or self.clipping != "none" or self.equalization in ("awq", "search")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON-ready values."""

@@ -1,10 +1,16 @@
-"""Learned weight clipping (LWC: OmniQuant, arXiv 2308.13137, section 3.2; used by OdysseyLLM, arXiv 2311.09550)."""
+"""Weight scales that are smaller than max|w| / 7 where that lowers the output error: large weights are clipped.
+
+By gradient descent (LWC: OmniQuant, arXiv 2308.13137, section 3.2; used by OdysseyLLM, arXiv 2311.09550), or by search.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from fptq import numerics
+
+CLIPPING_RATIOS = tuple(step / 40 for step in range(18, 43))
+"""What a search multiplies max|w| / 7 by: 0.45 to 1.05. 0.875 is max|w| / 8, whose grid ends at -max|w|."""
 
 _STEPS = 40
 _RATE = 0.02
@@ -54,3 +60,30 @@ def learn_clipping(weight: torch.Tensor, gram: torch.Tensor, group_size: int, bi
         better = errors < least
         best, least = torch.where(better[:, None], scales, best), torch.where(better, errors, least)
     return best
+
+
+def search_clipping(weight: torch.Tensor, gram: torch.Tensor, group_size: int, bits: int) -> torch.Tensor:
+    """Return weight scales float32 [n, G]: of CLIPPING_RATIOS, each group has the one of least output error.
+
+    The error is ‖(Q(W_g) - W_g)·X_g‖² of the group's own channels, whatever the other groups' errors are.
+
+    Args:
+        weight: float32 [n, k].
+        gram: XᵀX float32 [k, k] of the inputs.
+        group_size: input channels that share a scale.
+        bits: of a code.
+    """
+    n, k = weight.shape
+    groups = k // group_size
+    own = gram.reshape(groups, group_size, groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    grouped = weight.reshape(n, groups, group_size).transpose(0, 1)  # [G, n, g], as the product wants it
+    absmax = grouped.abs().amax(-1)
+    best = numerics.scale_from_absmax(absmax, bits)
+    least = torch.full_like(best, float("inf"))
+    for ratio in CLIPPING_RATIOS:
+        scales = numerics.scale_from_absmax(ratio * absmax, bits)
+        difference = numerics.quantize(grouped, scales[..., None], bits) * scales[..., None] - grouped
+        errors = (torch.bmm(difference, own) * difference).sum(-1)
+        better = errors < least
+        best, least = torch.where(better, scales, best), torch.where(better, errors, least)
+    return best.T.contiguous()

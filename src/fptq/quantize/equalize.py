@@ -17,10 +17,15 @@ from torch import nn
 from fptq import numerics
 from fptq.models.architectures import InputGroup, NormSource, RowsSource
 from fptq.quantize.observe import BlockStatistics, InputStatistics
-from fptq.recipe import Recipe, Role
+from fptq.recipe import Activation, Recipe, Role
 
 AWQ_GRID = 20
 """Ratios that AWQ's search tries: 0, 1/20, … 19/20."""
+
+SEARCH_EXPONENTS = tuple(step / 10 for step in range(1, 11))
+"""Exponents of the input's magnitude that the search of `search_scale` tries."""
+
+_SEARCH_ROWS = 1024  # of a layer's weight, evenly taken, that speak for all in a search
 
 
 def lae_scale(channel_max: np.ndarray, alpha: float = 1.0) -> np.ndarray:
@@ -76,6 +81,57 @@ def awq_scale(
     return best.numpy()
 
 
+def search_scale(
+    channel_max: np.ndarray,
+    channel_rms: np.ndarray,
+    weights: Sequence[torch.Tensor],
+    gram: torch.Tensor,
+    tokens: int,
+    group_size: int,
+    bits: int,
+    *,
+    static: bool,
+) -> np.ndarray:
+    """Return, of a family of scales, the one of least output error, float32 [k]; no scale (1) and LAE's are in it.
+
+    With m the maxima or the root mean squares of |x|, and w the maxima of |w|, the others are m^a (as in AWQ) and
+    m^a / w^(1-a) (as in SmoothQuant) for a in SEARCH_EXPONENTS. The error is that of all layers together,
+    Σ‖(Q(W·s)/s - W)·X‖², and for static inputs that of their rounding, whose step Δ = max(|x|/s) / 127 makes noise of
+    the variance Δ²/12 in every channel: tokens · Δ²/12 · ‖Q(W·s)‖². Channels that are always zero get 1.
+
+    Args:
+        channel_max: max|x| of each channel.
+        channel_rms: root mean square of each channel.
+        weights: of the layers that read the input, [n, k] each.
+        gram: XᵀX [k, k].
+        tokens: how many the Gram matrix is summed over.
+        group_size: of the weights.
+        bits: of a code.
+        static: whether the input has one static scale.
+    """
+    sampled = [weight[:: -(-len(weight) // _SEARCH_ROWS)] for weight in weights]
+    x, rms = torch.from_numpy(channel_max).double(), torch.from_numpy(channel_rms).double()
+    w = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).double()
+    known = (x > 0) & (w > 0)
+    x1, rms1, w1 = (torch.where(known, values, 1.0) for values in (x, rms, w))
+    candidates = [torch.ones_like(x), torch.from_numpy(lae_scale(channel_max)).double()]
+    for a in SEARCH_EXPONENTS:
+        candidates += [m**a / divisor for m in (x1, rms1) for divisor in (1.0, w1 ** (1 - a))]
+    best, least = candidates[0].float(), float("inf")
+    for candidate in candidates:
+        middle = candidate.log()[known].mean().exp() if bool(known.any()) else 1.0
+        s = torch.where(known, candidate / middle, 1.0).float()
+        step = float((x / s).max()) / numerics.integer_range(numerics.ACTIVATION_BITS)[1] if static else 0.0
+        error = 0.0
+        for weight in sampled:
+            rounded = numerics.dequantize_weight(*numerics.quantize_weight(weight * s, group_size, bits))
+            error += output_error(rounded / s - weight, gram)
+            error += tokens * step**2 / 12 * float(rounded.square().sum(dtype=torch.float64))
+        if error < least:
+            best, least = s, error
+    return best.numpy()
+
+
 def output_error(difference: torch.Tensor, gram: torch.Tensor) -> float:
     """Return ‖D·X‖², the energy of the output error of a weight difference D [n, k], from the Gram matrix of X."""
     return float(((difference @ gram) * difference).sum(dtype=torch.float64))
@@ -85,6 +141,7 @@ def equalization_scale(
     group: InputGroup,
     seen: InputStatistics,
     recipe: Recipe,
+    activation: Activation,
     weights: Sequence[torch.Tensor],
     bits: int,
     group_size: int,
@@ -95,6 +152,7 @@ def equalization_scale(
         group: the input, with its source.
         seen: its statistics.
         recipe: says which method.
+        activation: how the input will be quantized.
         weights: [n, k] of the quantized layers that read the input.
         bits: of their codes.
         group_size: of their scales.
@@ -105,9 +163,13 @@ def equalization_scale(
     if recipe.equalization == "smoothquant":
         weight_max = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).float().numpy()
         return smoothquant_scale(share(seen.channel_max), share(weight_max), recipe.alpha)
-    assert recipe.equalization == "awq", recipe.equalization
     assert seen.gram is not None
     floats = [weight.float() for weight in weights]
+    if recipe.equalization == "search":
+        static = activation is Activation.STATIC
+        maxima, rms = share(seen.channel_max), share(seen.channel_rms)
+        return search_scale(maxima, rms, floats, seen.gram, seen.tokens, group_size, bits, static=static)
+    assert recipe.equalization == "awq", recipe.equalization
     return awq_scale(share(seen.channel_mean), floats, seen.gram, group_size, bits)
 
 

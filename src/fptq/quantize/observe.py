@@ -123,6 +123,12 @@ class InputStatistics:
         """Per-channel mean |x| [k], float32."""
         return (self.channel_sum / max(1, self.tokens)).astype(np.float32)
 
+    @property
+    def channel_rms(self) -> np.ndarray:
+        """Per-channel root mean square [k], float32, from the Gram matrix."""
+        assert self.gram is not None
+        return (torch.diagonal(self.gram) / max(1, self.tokens)).sqrt().numpy()
+
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """Add values [..., k]; return their magnitudes [tokens, k]."""
         x = x.detach().reshape(-1, x.shape[-1]).float()

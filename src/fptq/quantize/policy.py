@@ -80,7 +80,7 @@ def decide(
         choice = _choose(group, seen, recipe)
         if choice.equalize:
             readers = [weights[name] for name in quantized]
-            scales[first] = equalization_scale(group, seen, recipe, readers, bits, group_size)
+            scales[first] = equalization_scale(group, seen, recipe, choice.activation, readers, bits, group_size)
         for name in quantized:
             layers[name] = LayerPlan(
                 role=group.role,
@@ -153,7 +153,13 @@ def _treat_outliers(seen: InputStatistics, recipe: Recipe, why: str) -> _Choice:
     return _Choice(Activation.STATIC, False, covers, f"{why}: {how} {recipe.percentile:g}th percentile")
 
 
-_METHODS = {"lae": "LAE", "smoothquant": "SmoothQuant's scale", "awq": "AWQ's scale", "none": ""}
+_METHODS = {
+    "lae": "LAE",
+    "smoothquant": "SmoothQuant's scale",
+    "awq": "AWQ's scale",
+    "search": "a searched scale",
+    "none": "",
+}
 
 
 def _obstacle(group: InputGroup, recipe: Recipe) -> str:

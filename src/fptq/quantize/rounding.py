@@ -10,7 +10,7 @@ from fptq import numerics
 from fptq.checkpoint import ChannelSteps, KVScales, QuantizedLinear
 from fptq.errors import QuantizationError
 from fptq.models.architectures import InputGroup
-from fptq.quantize.clipping import learn_clipping
+from fptq.quantize.clipping import learn_clipping, search_clipping
 from fptq.quantize.clusters import cluster_steps
 from fptq.quantize.equalize import CacheRanges
 from fptq.quantize.gptq import Compensation, round_gptq
@@ -86,9 +86,10 @@ def _round(
     """Return int8 codes [n, k] and float32 scales [n, G]."""
     bits, size = layer.weight_bits, layer.group_size
     codes, scales = numerics.quantize_weight(weight, size, bits)
-    if recipe.clipping == "learned":
+    if recipe.clipping != "none":
         assert gram is not None
-        scales = learn_clipping(weight, gram, size, bits)
+        clip = learn_clipping if recipe.clipping == "learned" else search_clipping
+        scales = clip(weight, gram, size, bits)
         codes = numerics.quantize_weight_with(weight, scales, bits)
     if compensation is not None:
         codes = round_gptq(weight, compensation, scales, bits)

@@ -255,7 +255,7 @@ def _figure(metric: str, estimate: Estimate, sign: str = "") -> str:
 def format_estimate(estimate: Estimate, sign: str = "") -> str:
     """Return "value ± standard error", with `sign` "+" also the sign of a positive value."""
     error = "" if estimate.standard_error is None else f" ± {estimate.standard_error:.2g}"
-    return f"{estimate.value:{sign}.4g}{error}"
+    return f"{round(estimate.value, 12):{sign}.4g}{error}"  # a mean of points that cancel is 0, not 1e-16
 
 
 def _scaled(error: float | None) -> float | None:
