@@ -74,7 +74,7 @@ def test_equalization_is_exact(variant: str, tmp_path: Path) -> None:
     assert relative_error(original, equalized) <= tolerance(source.model)
 
 
-@pytest.mark.parametrize("method", ["smoothquant", "awq"])
+@pytest.mark.parametrize("method", ["smoothquant", "awq", "search"])
 @pytest.mark.parametrize("variant", ["llama-bias-untied", "gemma3", "phi3", "bloom", "falcon-40b"])
 def test_scales_of_other_methods_are_fused_as_exactly(variant: str, method: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", variant)

@@ -161,7 +161,9 @@ class TestSearchedScale:
 
     def search(self, x: torch.Tensor, *, static: bool) -> torch.Tensor:
         rms, maxima = x.square().mean(0).sqrt().numpy(), x.abs().amax(0).numpy()
-        return torch.from_numpy(search_scale(maxima, rms, [self.weight], x.T @ x, len(x), 32, 4, static=static))
+        largest = self.weight.abs().amax(0).numpy()
+        found = search_scale(maxima, rms, largest, [self.weight], x.T @ x, len(x), 32, 4, static=static)
+        return torch.from_numpy(found)
 
     def error(self, s: torch.Tensor, *, static: bool) -> float:
         """What the scale costs, measured: rounded inputs times rounded weights beside the exact product."""

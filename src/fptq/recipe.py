@@ -79,9 +79,9 @@ class Recipe:
         dynamic: roles whose inputs are quantized dynamically per token whatever their range. ("fc2",) is the paper's
             Figure 4, which shows every FC2 as dynamic, where Algorithm 1 has those up to v0 static.
         equalization: which scales divide the channels of an input and multiply the weights: "lae" those of Eq. 1, for
-            ranges between v0 and v1; "smoothquant" max|x|^alpha / max|w|^(1 - alpha), and "awq" mean|x|^ratio with the
-            ratio of least output error, and "search" the best of a family that has all of these (`search_scale`), for
-            every input whose scale can be fused.
+            ranges between v0 and v1; "smoothquant" max|x|^alpha / max|w|^(1 - alpha), "awq" mean|x|^ratio with the
+            ratio of least output error, and "search" the one of least output error of a family of such scales
+            (`search_scale`), for every input whose scale can be fused.
         alpha: exponent of LAE's logarithm (Eq. 5; 1 is Eq. 1), or SmoothQuant's migration strength.
         fuse_into_linear: also equalize where the scale fuses into the rows of a linear layer (attention output into
             v_proj, down_proj into up_proj, FC2 into FC1 through ReLU). The paper fuses into norms only.

@@ -66,12 +66,7 @@ def search_clipping(weight: torch.Tensor, gram: torch.Tensor, group_size: int, b
     """Return weight scales float32 [n, G]: of CLIPPING_RATIOS, each group has the one of least output error.
 
     The error is ‖(Q(W_g) - W_g)·X_g‖² of the group's own channels, whatever the other groups' errors are.
-
-    Args:
-        weight: float32 [n, k].
-        gram: XᵀX float32 [k, k] of the inputs.
-        group_size: input channels that share a scale.
-        bits: of a code.
+    Arguments are those of `learn_clipping`.
     """
     n, k = weight.shape
     groups = k // group_size

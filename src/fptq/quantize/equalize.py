@@ -84,6 +84,7 @@ def awq_scale(
 def search_scale(
     channel_max: np.ndarray,
     channel_rms: np.ndarray,
+    weight_max: np.ndarray,
     weights: Sequence[torch.Tensor],
     gram: torch.Tensor,
     tokens: int,
@@ -92,16 +93,17 @@ def search_scale(
     *,
     static: bool,
 ) -> np.ndarray:
-    """Return, of a family of scales, the one of least output error, float32 [k]; no scale (1) and LAE's are in it.
+    """Return the scale of least output error of a family that has LAE's and none (1), float32 [k].
 
-    With m the maxima or the root mean squares of |x|, and w the maxima of |w|, the others are m^a (as in AWQ) and
-    m^a / w^(1-a) (as in SmoothQuant) for a in SEARCH_EXPONENTS. The error is that of all layers together,
+    With m the maxima or the root mean squares of |x|, and w the maxima of |w|, the others are m^a (like AWQ's) and
+    m^a / w^(1-a) (SmoothQuant's, with the maxima) for a in SEARCH_EXPONENTS. The error is that of all layers together,
     Σ‖(Q(W·s)/s - W)·X‖², and for static inputs that of their rounding, whose step Δ = max(|x|/s) / 127 makes noise of
     the variance Δ²/12 in every channel: tokens · Δ²/12 · ‖Q(W·s)‖². Channels that are always zero get 1.
 
     Args:
         channel_max: max|x| of each channel.
         channel_rms: root mean square of each channel.
+        weight_max: max|w| of each input channel over all layers that read it.
         weights: of the layers that read the input, [n, k] each.
         gram: XᵀX [k, k].
         tokens: how many the Gram matrix is summed over.
@@ -110,8 +112,7 @@ def search_scale(
         static: whether the input has one static scale.
     """
     sampled = [weight[:: -(-len(weight) // _SEARCH_ROWS)] for weight in weights]
-    x, rms = torch.from_numpy(channel_max).double(), torch.from_numpy(channel_rms).double()
-    w = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).double()
+    x, rms, w = (torch.from_numpy(values).double() for values in (channel_max, channel_rms, weight_max))
     known = (x > 0) & (w > 0)
     x1, rms1, w1 = (torch.where(known, values, 1.0) for values in (x, rms, w))
     candidates = [torch.ones_like(x), torch.from_numpy(lae_scale(channel_max)).double()]
@@ -161,16 +162,20 @@ def equalization_scale(
     if recipe.equalization == "lae":
         return lae_scale(share(seen.channel_max), recipe.alpha)
     if recipe.equalization == "smoothquant":
-        weight_max = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).float().numpy()
-        return smoothquant_scale(share(seen.channel_max), share(weight_max), recipe.alpha)
+        return smoothquant_scale(share(seen.channel_max), share(_weight_max(weights)), recipe.alpha)
     assert seen.gram is not None
     floats = [weight.float() for weight in weights]
     if recipe.equalization == "search":
+        per_channel = share(seen.channel_max), share(seen.channel_rms), share(_weight_max(weights))
         static = activation is Activation.STATIC
-        maxima, rms = share(seen.channel_max), share(seen.channel_rms)
-        return search_scale(maxima, rms, floats, seen.gram, seen.tokens, group_size, bits, static=static)
+        return search_scale(*per_channel, floats, seen.gram, seen.tokens, group_size, bits, static=static)
     assert recipe.equalization == "awq", recipe.equalization
     return awq_scale(share(seen.channel_mean), floats, seen.gram, group_size, bits)
+
+
+def _weight_max(weights: Sequence[torch.Tensor]) -> np.ndarray:
+    """Return max|w| of each input channel over all layers that read it, float32 [k]."""
+    return torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).float().numpy()
 
 
 def _sharing(source: NormSource | RowsSource | None) -> Callable[[np.ndarray], np.ndarray]:
