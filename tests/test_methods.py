@@ -124,9 +124,11 @@ def test_searched_clipping_is_each_groups_best_ratio(size: int) -> None:
             def error(scale: torch.Tensor, w: torch.Tensor = w, inputs: torch.Tensor = inputs) -> float:
                 return float((inputs @ ((w / scale).round().clamp(-8, 7) * scale - w)).square().sum())
 
-            scales = [numerics.scale_from_absmax(ratio * w.abs().max(), 4) for ratio in CLIPPING_RATIOS]
+            sign = -1 if w.max() == w.abs().max() else 1
+            scales = [sign * numerics.scale_from_absmax(ratio * w.abs().max(), 4) for ratio in CLIPPING_RATIOS]
+            assert sign * float(found[row, group]) > 0
             assert error(found[row, group]) == pytest.approx(min(map(error, scales)), rel=1e-3)
-            clipped += float(found[row, group]) < 0.8 * float(w.abs().max()) / 7
+            clipped += abs(float(found[row, group])) < 0.8 * float(w.abs().max()) / 7
     assert clipped > 0
     torch.testing.assert_close(found, found.bfloat16().float(), rtol=0, atol=0)
     assert float(search_clipping(torch.zeros(2, 64), x.T @ x, 32, 4).min()) == 1.0

@@ -279,13 +279,11 @@ class Checkpoint:
         """Return a quantized layer.
 
         Raises:
-            CheckpointError: a weight scale is not a positive number.
+            CheckpointError: a weight scale is zero or not finite.
         """
         scales = self._scales(name)
-        if not (np.isfinite(scales).all() and (scales > 0).all()):
-            raise CheckpointError(
-                f"{self.folder}: tensor '{name}.weight_scale' has values that are no positive numbers"
-            )
+        if not (np.isfinite(scales).all() and scales.all()):
+            raise CheckpointError(f"{self.folder}: tensor '{name}.weight_scale' has values that are no step sizes")
         scheme = self.schemes[name]
         if scheme.bits == 4:
             codes = numerics.unpack_int4(self.read(f"{name}.weight_packed"))

@@ -1,4 +1,4 @@
-"""Weight scales that are smaller than max|w| / 7 where that lowers the output error: large weights are clipped.
+"""Weight scales other than max|w| / 7 where that lowers the output error: mostly smaller, so that large weights are clipped.
 
 By gradient descent (LWC: OmniQuant, arXiv 2308.13137, section 3.2; used by OdysseyLLM, arXiv 2311.09550), or by search.
 """
@@ -65,18 +65,20 @@ def learn_clipping(weight: torch.Tensor, gram: torch.Tensor, group_size: int, bi
 def search_clipping(weight: torch.Tensor, gram: torch.Tensor, group_size: int, bits: int) -> torch.Tensor:
     """Return weight scales float32 [n, G]: of CLIPPING_RATIOS, each group has the one of least output error.
 
-    The error is ‖(Q(W_g) - W_g)·X_g‖² of the group's own channels, whatever the other groups' errors are.
+    The error is ‖(Q(W_g) - W_g)·X_g‖² of the group's own channels, whatever the other groups' errors are. A scale has
+    the sign that brings the group's largest weight to the grid's longer side, which reaches to -8 and not only to 7.
     Arguments are those of `learn_clipping`.
     """
     n, k = weight.shape
     groups = k // group_size
     own = gram.reshape(groups, group_size, groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     grouped = weight.reshape(n, groups, group_size).transpose(0, 1)  # [G, n, g], as the product wants it
-    absmax = grouped.abs().amax(-1)
-    best = numerics.scale_from_absmax(absmax, bits)
+    absmax, largest = grouped.abs().max(-1)
+    sign = torch.where(grouped.gather(-1, largest[..., None])[..., 0] > 0, -1.0, 1.0)
+    best = sign * numerics.scale_from_absmax(absmax, bits)
     least = torch.full_like(best, float("inf"))
     for ratio in CLIPPING_RATIOS:
-        scales = numerics.scale_from_absmax(ratio * absmax, bits)
+        scales = sign * numerics.scale_from_absmax(ratio * absmax, bits)
         difference = numerics.quantize(grouped, scales[..., None], bits) * scales[..., None] - grouped
         errors = (torch.bmm(difference, own) * difference).sum(-1)
         better = errors < least

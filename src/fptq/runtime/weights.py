@@ -309,8 +309,8 @@ class _Loader:
             raise self._misfit(name, (words.shape[0], 8 * words.shape[1]), (n, k))
         narrow = scales.astype(ml_dtypes.bfloat16)
         wide = narrow.astype(np.float32)
-        if not (np.isfinite(wide).all() and (wide > 0).all()):
-            raise CheckpointError(f"{self.checkpoint.folder}: '{name}' has weight scales that are no positive numbers")
+        if not (np.isfinite(wide).all() and wide.all()):
+            raise CheckpointError(f"{self.checkpoint.folder}: '{name}' has weight scales that are no step sizes")
         if scales.dtype != narrow.dtype and not np.array_equal(wide, scales.astype(np.float32)):
             raise UnsupportedModelError(f"weight scales that bfloat16 can't hold, as '{name}' has them")
         return _ordered(words, layer.rows), _ordered(narrow, layer.rows)
