@@ -289,7 +289,7 @@ def unpack_gptq(job: Job, packed: Path) -> None:
 
 
 def autoround_w4a16(job: Job) -> dict[str, Any]:
-    """auto-round's SignRound, saved with weights that are float again."""
+    """auto-round's SignRound, tuned in bfloat16 as is its default, saved with weights that are float again."""
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -309,11 +309,11 @@ def autoround_w4a16(job: Job) -> dict[str, Any]:
         batch_size=BATCH,
         device_map="cpu",
         enable_torch_compile=False,
-        amp=False,
     )
-    tuner.quantize_and_save(str(Path(job.folder) / "tuned"), format="fake")
-    (written,) = (file.parent for file in Path(job.folder).glob("tuned/**/config.json"))
-    written.rename(job.checkpoint)
+    # saved by itself (format "fake"), auto-round 0.16.1 puts the float weights back
+    model, _ = tuner.quantize()
+    model.save_pretrained(job.checkpoint)
+    job.save_tokenizer()
     return {"iters": job.iterations, "batch_size": BATCH}
 
 

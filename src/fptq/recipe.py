@@ -258,6 +258,17 @@ def _presets() -> dict[str, Preset]:
     add(
         "fptq-gptq", usual, "fptq with weights rounded by GPTQ after LAE (the paper's FPTQ_GPTQ)", fptq, rounding="gptq"
     )
+    add(
+        "fptq-best",
+        usual,
+        "fptq's form, with searched equalization and weight scales, GPTQ on propagated inputs, FC2 dynamic",
+        "beyond FPTQ, with parts of AWQ and GPTQ",
+        equalization="search",
+        clipping="search",
+        rounding="gptq",
+        propagate_error=True,
+        dynamic=fc2,
+    )
 
     add("rtn-w4a16", weights, "int4 weights in groups, rounded to nearest; all else in float", nearest)
     add("rtn-w4a16-channel", weights, "the same with one weight scale a channel", nearest, group_size=PER_CHANNEL)
