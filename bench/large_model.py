@@ -1,6 +1,6 @@
 """Memory and resume of `fptq quantize` on a model of the 1B shape with random weights.
 
-    python bench/large_model.py WORK_FOLDER [--samples 8] [--kills 2]
+    python bench/large_model.py WORK_FOLDER [--samples 8] [--kills 2] [--recipe fptq]
 
 Makes a Llama (hidden 2048, intermediate 8192, 16 layers, 32 heads, 8 key/value heads, vocabulary 32,000) in bfloat16
 shards, quantizes it once undisturbed and notes the peak resident memory of that process; then quantizes it again,
@@ -75,12 +75,14 @@ def make_model(folder: Path) -> None:
     write_json(folder / "config.json", CONFIG)
 
 
-def command(model: Path, output: Path, samples: int) -> list[str]:
+def command(model: Path, output: Path, recipe: str, samples: int) -> list[str]:
     arguments = [
         "quantize",
         str(model),
         "-o",
         str(output),
+        "--recipe",
+        recipe,
         "--calibration",
         "random",
         "--samples",
@@ -99,13 +101,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--recipe", default="fptq")
     options = parser.parse_args()
     model, whole, killed = (options.folder / name for name in ("model", "whole", "killed"))
     if not model.exists():
         make_model(model)
 
     start = time.monotonic()
-    process = subprocess.Popen(command(model, whole, options.samples))
+    process = subprocess.Popen(command(model, whole, options.recipe, options.samples))
     _, status, usage = os.wait4(process.pid, 0)
     elapsed = time.monotonic() - start
     assert os.waitstatus_to_exitcode(status) == 0
@@ -113,7 +116,7 @@ def main() -> None:
 
     random.seed()
     for _ in range(options.kills):
-        process = subprocess.Popen(command(model, killed, options.samples))
+        process = subprocess.Popen(command(model, killed, options.recipe, options.samples))
         moment = random.uniform(0.1, 0.9) * elapsed
         try:
             process.wait(moment)
@@ -127,7 +130,7 @@ def main() -> None:
                 flush=True,
             )
             assert not killed.exists()
-    subprocess.run(command(model, killed, options.samples), check=True)
+    subprocess.run(command(model, killed, options.recipe, options.samples), check=True)
     same = digests(whole) == digests(killed)
     print(f"{len(digests(whole))} files, {'all bit-identical' if same else 'DIFFERENT'}")
     sys.exit(0 if same else 1)

@@ -1,4 +1,4 @@
-"""Weight scales other than max|w| / 7 where that lowers the output error: mostly smaller ones, which clip large weights.
+"""Weight scales other than max|w| / 7 where that lowers the output error: mostly smaller ones, which clip some.
 
 By gradient descent (LWC: OmniQuant, arXiv 2308.13137, section 3.2; used by OdysseyLLM, arXiv 2311.09550), or by search.
 """
