@@ -274,6 +274,12 @@ def test_a_weight_scale_that_is_no_step_size_is_refused(folder: Path, value: flo
         checkpoint.read_linear(Q0)
 
 
+def test_a_negative_weight_scale_is_a_step_size(folder: Path) -> None:
+    before = Checkpoint.open(folder).read_linear(Q0).weight()
+    change_tensors(folder, lambda t: t.__setitem__(f"{Q0}.weight_scale", -t[f"{Q0}.weight_scale"]))
+    np.testing.assert_array_equal(Checkpoint.open(folder).read_linear(Q0).weight(), -before)
+
+
 def change_group(number: int, **changes: Any) -> Callable[[dict[str, Any]], None]:
     """Return a change of the weights of one group in config.json."""
 

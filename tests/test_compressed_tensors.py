@@ -55,6 +55,7 @@ ALL_STATIC = Recipe("all static", v1=1e30, fuse_into_linear=True)
 MIXED = Recipe("mixed", skip=("model.layers.0.self_attn.o_proj",))
 INT8_STATIC = Recipe("int8", weight_bits=8, activations="static", equalization="smoothquant", alpha=0.5)
 BY_ROWS = Recipe("by rows", group_size=0, activations="static", equalization="none")
+SIGNED = Recipe("signed scales", activations="static", equalization="search", clipping="search", rounding="gptq")
 FP8 = Recipe("fp8", activations="fp8", equalization="none")
 WEIGHT_ONLY = Recipe("weights", activations="float", equalization="none", kv_cache="float")
 SKIPPED = "model.layers.0.self_attn.o_proj"
@@ -328,7 +329,7 @@ def test_the_page_on_the_format_names_every_field(make_checkpoint: Callable[[Rec
 # --- the same logits --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [ALL_STATIC, INT8_STATIC, BY_ROWS, FP8], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [ALL_STATIC, INT8_STATIC, BY_ROWS, SIGNED, FP8], ids=lambda recipe: recipe.name)
 def test_a_static_checkpoint_gives_our_logits(make_checkpoint: Callable[[Recipe], Path], recipe: Recipe) -> None:
     folder = make_checkpoint(recipe)
     largest, differences = largest_difference(folder, load_stock(folder))

@@ -92,7 +92,7 @@ class Recipe:
         clusters: number of channel clusters of an input (RPTQ).
         rounding: "nearest", or "gptq", which lets later input channels make up for the error of earlier ones.
         clipping: how far each weight scale shrinks: "learned" finds it by gradient descent on the layer's output error
-            (LWC), "search" tries ratios for each group.
+            (LWC), "search" tries ratios for each group, and gives the step a sign.
         low_rank: rank of the float correction that is added to the weights (ZeroQuant-V2's LoRC).
         propagate_error: a block is calibrated on the outputs of the quantized blocks before it, not of the float ones.
         int8_roles: roles whose weights get 8 bits.

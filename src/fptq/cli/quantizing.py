@@ -27,8 +27,8 @@ def add_quantize(commands: Any) -> None:
     recipes = "\n".join(f"  {name:<24}{preset.summary}" for name, preset in PRESETS.items())
     details = """
         It works in the memory of one decoder block (GPTQ, AWQ, and scales that are learned or searched
-        need some square matrices of its widths besides, and llm-qat the whole model). Give the same command again to go
-        on after an interruption; the result is the same to the bit.
+        need some square matrices of its widths besides, and llm-qat the whole model). Give the same
+        command again to go on after an interruption; the result is the same to the bit.
 
         recipes:
         {recipes}

@@ -2,7 +2,7 @@
 
 Dividing channel j of an input by s_j and multiplying column j of the layers that read it by s_j changes nothing
 (Eq. 2). The division is fused into the op that produces the input, so it costs nothing at run time. The methods differ
-in s: logarithmic activation equalization (LAE, Eq. 1 and 5), SmoothQuant, AWQ.
+in s: logarithmic activation equalization (LAE, Eq. 1 and 5), SmoothQuant, AWQ, and a search among all of these.
 """
 
 from __future__ import annotations

@@ -85,8 +85,9 @@ def _round(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 codes [n, k] and float32 scales [n, G]."""
     bits, size = layer.weight_bits, layer.group_size
-    codes, scales = numerics.quantize_weight(weight, size, bits)
-    if recipe.clipping != "none":
+    if recipe.clipping == "none":
+        codes, scales = numerics.quantize_weight(weight, size, bits)
+    else:
         assert gram is not None
         clip = learn_clipping if recipe.clipping == "learned" else search_clipping
         scales = clip(weight, gram, size, bits)
