@@ -112,6 +112,23 @@ def test_walk_computes_what_the_model_computes(variant: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_a_walk_that_propagates_sees_the_same_without_computing_outputs(variant: str, tmp_path: Path) -> None:
+    source = FloatModel.open(str(save_tiny(tmp_path / "model", variant)))
+    seen, finished = [], []
+    for propagates in (False, True):
+        (tmp_path / str(propagates)).mkdir()
+        wanted, ids = Wanted(gram=True), token_ids().numpy()
+        walk = CalibrationWalk(source, ids, torch.float32, tmp_path / str(propagates), wanted, propagates=propagates)
+        walk.begin(fresh=True)
+        with source.loaded_block(0, torch.float32) as block:
+            handle = block.register_forward_hook(lambda *_: finished.append(None))
+            seen.append(walk.observe(0, block, lambda: None).to_arrays())
+            handle.remove()
+    assert len(finished) == len(walk.batches)
+    assert {name: a.tobytes() for name, a in seen[0].items()} == {name: a.tobytes() for name, a in seen[1].items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_groups_cover_every_linear_layer_of_a_block_once(variant: str, tmp_path: Path) -> None:
     source = FloatModel.open(str(save_tiny(tmp_path, variant)))
     linear = [name for name, module in source.blocks[0].named_modules() if isinstance(module, nn.Linear)]

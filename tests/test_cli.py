@@ -52,6 +52,21 @@ def test_quantize_shows_progress_and_the_plan(model: Path, tmp_path: Path, capsy
         assert words in shown.out
 
 
+def test_effort_chooses_recipe_and_samples(model: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", str(model), "--calibration", "random", "--length", "16", "--group-size", "32", "--quiet"]
+    made = {}
+    for given in ([], ["--effort", "quick"], ["--effort", "normal", "--samples", "8"]):
+        folder = tmp_path / "-".join(["q", *given])
+        assert main([*arguments, "-o", str(folder), "--recipe", "fptq-best", *given]) == 0
+        record = json.loads((folder / "fptq.json").read_text())
+        made["-".join(given)] = (record["recipe"]["name"], record["calibration"]["samples"])
+    assert made == {
+        "": ("fptq-best", 128),
+        "--effort-quick": ("fptq-best-quick", 32),
+        "--effort-normal---samples-8": ("fptq-best", 8),
+    }
+
+
 def test_inspect_a_checkpoint(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(checkpoint), "--verify", "--json", str(tmp_path / "plan.json")]) == 0
     shown = capsys.readouterr().out
@@ -123,6 +138,7 @@ def test_evaluate_and_generate(
         (["quantize", "{model}", "-o", "{tmp}/q", "--calibration", "random", "--samples", "0"], "0 samples"),
         (["quantize", "{model}", "-o", "{tmp}/q", "--length", "9", "--calibration", "{tmp}/none.txt"], "can't be read"),
         (["quantize", "{model}", "-o", "{tmp}/q", "--v0", "200"], "0 <= v0 <= v1"),
+        (["quantize", "{model}", "-o", "{tmp}/q", "--effort", "quick"], "recipe fptq has no choice of effort"),
         (["inspect", "{model}", "--verify"], "needs a checkpoint folder"),
         (["evaluate", "{checkpoint}"], "nothing to evaluate on"),
         (["evaluate", "{model}", "--text", "x.txt", "--length", "32"], "x.txt: can't be read"),
@@ -170,7 +186,7 @@ def test_help_names_every_recipe_and_default(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["quantize", "--help"])
     shown = capsys.readouterr().out
-    for words in (*PRESETS, "fptq: 128", "default: 512", "fptq: 15", "pile", "example"):
+    for words in (*PRESETS, "fptq: 128", "fptq: 512", "fptq: 15", "pile", "example"):
         assert words in shown
 
 

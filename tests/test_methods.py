@@ -11,6 +11,7 @@ from fptq import numerics
 from fptq.checkpoint import Checkpoint
 from fptq.errors import OutputError, QuantizationError
 from fptq.integrations.transformers import W4A8Linear, load
+from fptq.models.architectures import InputGroup
 from fptq.models.loading import FloatModel
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.clipping import CLIPPING_RATIOS, learn_clipping, search_clipping
@@ -20,7 +21,7 @@ from fptq.quantize.gptq import Compensation, round_gptq
 from fptq.quantize.observe import BlockStatistics, Wanted, observing
 from fptq.quantize.pipeline import record
 from fptq.quantize.rounding import _low_rank
-from fptq.recipe import PRESETS, Activation, Recipe, get_recipe
+from fptq.recipe import PRESETS, Activation, Recipe, Role, get_recipe
 from tiny import save_tiny, token_ids
 
 RANDOM = CalibrationSpec("random", samples=4, length=32)
@@ -276,13 +277,23 @@ class TestSimulation:
         assert not numerics.simulate(torch.zeros(3, 4), Activation.CHANNELS).any()
 
 
+def test_a_wide_gram_is_whole_and_symmetric() -> None:
+    block = torch.nn.Sequential(torch.nn.Linear(600, 4))
+    x = torch.randn(50, 600, generator=torch.Generator().manual_seed(0))
+    group = InputGroup(Role.QKV, ("0",), None, "none")
+    with observing(block, [group], Wanted(gram=True)) as statistics, torch.no_grad():
+        for part in x.split(20):
+            block(part)
+    gram = statistics.inputs["0"].gram
+    assert gram is not None
+    assert torch.equal(gram, gram.T)
+    torch.testing.assert_close(gram, x.T @ x, rtol=1e-4, atol=1e-3)
+
+
 def test_percentiles_and_gram_come_from_all_tokens() -> None:
     layer = torch.nn.Linear(8, 4)
     block = torch.nn.Sequential(layer)
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9)
-    from fptq.models.architectures import InputGroup
-    from fptq.recipe import Role
-
     group = InputGroup(Role.QKV, ("0",), None, "none")
     with observing(block, [group], Wanted(gram=True, percentile=95, tokens=300)) as statistics, torch.no_grad():
         for part in x.split(70):

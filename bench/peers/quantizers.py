@@ -289,7 +289,11 @@ def unpack_gptq(job: Job, packed: Path) -> None:
 
 
 def autoround_w4a16(job: Job) -> dict[str, Any]:
-    """auto-round's SignRound, tuned in bfloat16 as is its default, saved with weights that are float again."""
+    """auto-round's SignRound, saved with weights that are float again.
+
+    It is tuned as is its default: in bfloat16 where the CPU has instructions for that, else in float32, with the rate
+    1 / iterations; with 50 iterations as the package's "light" setting has it.
+    """
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -297,6 +301,7 @@ def autoround_w4a16(job: Job) -> dict[str, Any]:
     usual = max(sizes, key=lambda size: len(sizes[size]))
     others = {name: {"group_size": size} for name, size in job.group_sizes.items() if size != usual}
     sequences = job.sequences()
+    rate = 5e-3 if job.iterations == 50 else None
     tuner = AutoRound(
         AutoModelForCausalLM.from_pretrained(job.model, dtype="float32"),
         AutoTokenizer.from_pretrained(job.model),
@@ -304,6 +309,7 @@ def autoround_w4a16(job: Job) -> dict[str, Any]:
         layer_config=others,
         dataset=[row[None] for row in sequences],
         iters=job.iterations,
+        lr=rate,
         seqlen=sequences.shape[1],
         nsamples=len(sequences),
         batch_size=BATCH,
@@ -314,7 +320,7 @@ def autoround_w4a16(job: Job) -> dict[str, Any]:
     model, _ = tuner.quantize()
     model.save_pretrained(job.checkpoint)
     job.save_tokenizer()
-    return {"iters": job.iterations, "batch_size": BATCH}
+    return {"iters": job.iterations, "lr": rate, "batch_size": BATCH}
 
 
 LLMCOMPRESSOR = ("llmcompressor", ("llmcompressor", "compressed-tensors", "transformers", "torch"))

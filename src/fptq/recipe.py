@@ -58,6 +58,9 @@ CHOICES = {
 }
 """The values of the fields of `Recipe` that are a choice."""
 
+EFFORTS = ("quick", "normal", "thorough")
+"""How much time quantizing may take, for recipes that have a choice; see `at_effort`."""
+
 PER_CHANNEL = 0
 """The group size that means one weight scale for each output channel."""
 
@@ -220,11 +223,19 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Preset:
-    """A recipe with a name: the line that `fptq quantize --help` prints, and the paper that it comes from."""
+    """A recipe with a name.
+
+    Attributes:
+        recipe: itself.
+        summary: the line that `fptq quantize --help` prints.
+        source: the paper that it comes from.
+        samples: how many token sequences it is calibrated on, if nothing else is said.
+    """
 
     recipe: Recipe
     summary: str
     source: str
+    samples: int = 512
 
 
 def _presets() -> dict[str, Preset]:
@@ -236,8 +247,8 @@ def _presets() -> dict[str, Preset]:
     smooth = replace(plain, equalization="smoothquant", alpha=0.5)
     presets: dict[str, Preset] = {}
 
-    def add(name: str, recipe: Recipe, summary: str, source: str, **changes: Any) -> None:
-        presets[name] = Preset(replace(recipe, name=name, **changes), summary, source)
+    def add(name: str, recipe: Recipe, summary: str, source: str, *, samples: int = 512, **changes: Any) -> None:
+        presets[name] = Preset(replace(recipe, name=name, **changes), summary, source, samples)
 
     usual = Recipe("fptq")
     add("fptq", usual, "the paper: LAE fused into norms, static up to v1, dynamic per token above; int8 KV cache", fptq)
@@ -258,17 +269,18 @@ def _presets() -> dict[str, Preset]:
     add(
         "fptq-gptq", usual, "fptq with weights rounded by GPTQ after LAE (the paper's FPTQ_GPTQ)", fptq, rounding="gptq"
     )
+    beyond = "beyond FPTQ, with parts of AWQ and GPTQ"
+    searched = replace(usual, equalization="search", clipping="search", dynamic=fc2)
+    best = replace(searched, rounding="gptq", propagate_error=True)
     add(
         "fptq-best",
-        usual,
+        best,
         "fptq's form, with searched equalization and weight scales, GPTQ on propagated inputs, FC2 dynamic",
-        "beyond FPTQ, with parts of AWQ and GPTQ",
-        equalization="search",
-        clipping="search",
-        rounding="gptq",
-        propagate_error=True,
-        dynamic=fc2,
+        beyond,
+        samples=128,
     )
+    add("fptq-best-quick", searched, "the same without GPTQ, on float inputs: --effort quick", beyond, samples=32)
+    add("fptq-best-thorough", best, "fptq-best on four times the samples: --effort thorough", beyond)
 
     add("rtn-w4a16", weights, "int4 weights in groups, rounded to nearest; all else in float", nearest)
     add("rtn-w4a16-channel", weights, "the same with one weight scale a channel", nearest, group_size=PER_CHANNEL)
@@ -429,6 +441,19 @@ def get_recipe(name: str, **changes: Any) -> Recipe:
     if name not in PRESETS:
         raise QuantizationError(f"unknown recipe '{name}'; there are: {', '.join(PRESETS)}")
     return replace(PRESETS[name].recipe, **changes)
+
+
+def at_effort(name: str, effort: str) -> str:
+    """Return the name of the preset that is `name` at one of EFFORTS.
+
+    Raises:
+        QuantizationError: the preset has no such effort.
+    """
+    wanted = name if effort == "normal" else f"{name}-{effort}"
+    if f"{name}-{EFFORTS[0]}" not in PRESETS or wanted not in PRESETS:
+        choice = ", ".join(preset for preset in PRESETS if f"{preset}-{EFFORTS[0]}" in PRESETS)
+        raise QuantizationError(f"recipe {name} has no choice of effort; {choice} has")
+    return wanted
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fptq.errors import FPTQError, MissingDependencyError, OutputError
-from fptq.recipe import CHOICES, PRESETS, Recipe, Role, get_recipe
+from fptq.recipe import CHOICES, EFFORTS, PRESETS, Recipe, Role, at_effort, get_recipe
 
 MODEL_HELP = "a model folder (safetensors), a GGUF file, a Hugging Face id, or 'demo' (SmolLM2-135M-Instruct)"
 
@@ -48,6 +48,8 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
     add = recipe.add_argument
     usual = get_recipe("fptq")
     add("--recipe", default="fptq", choices=list(PRESETS), metavar="NAME", help="quantization method, see above")
+    effort = "time for accuracy, with fptq-best: quick minutes, normal up to an hour for a model of 1B, thorough hours"
+    add("--effort", choices=EFFORTS, help=effort)
     size = f"input channels per weight scale, 0 for one scale a row (fptq: {usual.group_size})"
     add("--group-size", type=int, metavar="N", help=size)
     add("--weight-bits", type=int, choices=[4, 8], help="4, or 8 with one scale a row")
@@ -71,15 +73,17 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
     add("--skip", action="append", default=[], metavar="PATTERN", help=skip)
 
 
-def add_calibration_options(command: argparse.ArgumentParser, source: str, samples: int) -> None:
-    """Add what to calibrate on, with these defaults."""
+def add_calibration_options(command: argparse.ArgumentParser, source: str, samples: int | None) -> None:
+    """Add what to calibrate on, with these defaults; None takes as many samples as the recipe usually has."""
     calibration = command.add_argument_group("calibration")
     add = calibration.add_argument
     sources = (
         "'pile' (Hub data set), 'random' (drawn from the vocabulary: needs no data), a .txt or .jsonl file, a Hub id"
     )
     add("--calibration", default=source, metavar="SOURCE", help=sources)
-    add("--samples", type=int, default=samples, help="token sequences")
+    usual = {preset.samples: name for name, preset in reversed(PRESETS.items())}
+    count = ", ".join(f"{name}: {samples}" for samples, name in sorted(usual.items(), reverse=True))
+    add("--samples", type=int, default=samples, help="token sequences" + (f" ({count})" if samples is None else ""))
     add("--length", type=int, default=512, help="tokens in each")
     add("--seed", type=int, default=0, help="of the choice of text or tokens")
     dtype = "in which the float model runs over the calibration data"
@@ -105,18 +109,25 @@ _RECIPE_OPTIONS = (
 def recipe_of(options: argparse.Namespace) -> Recipe:
     """Return the recipe that the options describe."""
     given = {name: getattr(options, name) for name in _RECIPE_OPTIONS if getattr(options, name) not in (None, [])}
-    recipe = get_recipe(options.recipe, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    recipe = get_recipe(_preset_name(options), **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     idle = sorted(given.keys() & set(recipe.idle_fields()))
     if idle:
         raise FPTQError(f"--{idle[0].replace('_', '-')} changes nothing with recipe {options.recipe} as it is")
     return recipe
 
 
+def _preset_name(options: argparse.Namespace) -> str:
+    return at_effort(options.recipe, options.effort) if options.effort else options.recipe
+
+
 def calibration_of(options: argparse.Namespace) -> Any:
     """Return the calibration data that the options describe."""
     from fptq.quantize import CalibrationSpec
 
-    return CalibrationSpec(options.calibration, options.samples, options.length, options.seed)
+    samples = options.samples
+    if samples is None:
+        samples = PRESETS[_preset_name(options)].samples
+    return CalibrationSpec(options.calibration, samples, options.length, options.seed)
 
 
 def write_json(path: str, values: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def add_quantize(commands: Any) -> None:
     command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     command.add_argument("-o", "--output", required=True, metavar="DIR", help="the checkpoint folder to make")
     add_recipe_options(command)
-    add_calibration_options(command, "pile", 512)
+    add_calibration_options(command, "pile", None)
     add = command.add_argument_group("output").add_argument
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="of tensors that aren't quantized; auto is the source's")

@@ -25,6 +25,8 @@ HISTOGRAM_LOWEST_EXPONENT = -32
 HISTOGRAM_TOKENS = 4096
 """Histograms are drawn from this many tokens; maxima come from all of them."""
 
+_GRAM_ROWS = 256  # of a Gram matrix that are computed at once
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -81,7 +83,8 @@ class InputStatistics:
         tokens: how many were seen.
         histogram: of |x|.
         histogram_tokens: how many it comes from.
-        gram: XᵀX float32 [k, k] summed over all tokens; None if it wasn't wanted.
+        gram: XᵀX float32 [k, k] summed over all tokens; None if it wasn't wanted. What lies below the diagonal is
+            there after `complete`.
         tensor_percentile: of all |x|; None if it wasn't wanted.
         channel_percentile: of each channel's |x| [k]; None if it wasn't wanted.
     """
@@ -144,8 +147,19 @@ class InputStatistics:
             self.histogram += count_magnitudes(part)
             self.histogram_tokens += part.shape[0]
         if self.gram is not None:
-            self.gram.addmm_(x.T, x)
+            for first in range(0, len(self.gram), _GRAM_ROWS):
+                rows = slice(first, first + _GRAM_ROWS)
+                self.gram[rows, first:].addmm_(x[:, rows].T, x[:, first:])
         return magnitude
+
+    def complete(self) -> None:
+        """Fill the Gram matrix below its diagonal, once all values are added: it is symmetric."""
+        if self.gram is not None:
+            for first in range(0, len(self.gram), _GRAM_ROWS):
+                rows = slice(first, first + _GRAM_ROWS)
+                square = self.gram[rows, rows]
+                square.copy_(square.triu() + square.triu(1).T)
+                self.gram[first + _GRAM_ROWS :, rows] = self.gram[rows, first + _GRAM_ROWS :].T
 
 
 def count_magnitudes(magnitude: torch.Tensor) -> np.ndarray:
@@ -207,15 +221,23 @@ class BlockStatistics:
         return cls(statistics, float(arrays["key_max"]), arrays["value_channel_max"])
 
 
+class AllSeenError(Exception):
+    """Ends a forward pass once all inputs were observed."""
+
+
 @contextmanager
-def observing(block: nn.Module, groups: list[InputGroup], wanted: Wanted | None = None) -> Iterator[BlockStatistics]:
+def observing(
+    block: nn.Module, groups: list[InputGroup], wanted: Wanted | None = None, *, outputs: bool = True
+) -> Iterator[BlockStatistics]:
     """Collect statistics of every forward pass of `block` inside the `with`; no hook outlives it.
 
-    Percentiles are there after it.
+    Percentiles, and Gram matrices as a whole, are there after it. Without `outputs` a pass ends with AllSeenError
+    as soon as there is nothing more to see, which spares its last product.
     """
     wanted = wanted or Wanted()
     statistics = BlockStatistics({})
     tails: dict[str, tuple[_Tail, _Tail]] = {}
+    unseen: set[str] = set()
     handles = []
     for group in groups:
         first = group.layers[0]
@@ -233,6 +255,12 @@ def observing(block: nn.Module, groups: list[InputGroup], wanted: Wanted | None 
                 tensor, channels = tails[first]
                 tensor.update(magnitude.reshape(-1, 1))
                 channels.update(magnitude)
+            if not outputs:
+                if not unseen:
+                    unseen.update(statistics.inputs)
+                unseen.remove(first)
+                if not unseen:
+                    raise AllSeenError
 
         handles.append(layer.register_forward_pre_hook(hook))
     try:
@@ -240,6 +268,8 @@ def observing(block: nn.Module, groups: list[InputGroup], wanted: Wanted | None 
     finally:
         for handle in handles:
             handle.remove()
+    for inputs in statistics.inputs.values():
+        inputs.complete()
     for first, (tensor, channels) in tails.items():
         statistics.inputs[first].tensor_percentile = float(tensor.percentiles()[0])
         statistics.inputs[first].channel_percentile = channels.percentiles()

@@ -47,7 +47,7 @@ from fptq.quantize.rounding import cache_scales, round_head, round_weights
 from fptq.quantize.sqnr import measure_sqnr
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import Workspace, refuse_foreign
-from fptq.recipe import PER_CHANNEL, Activation, Recipe, get_recipe
+from fptq.recipe import PER_CHANNEL, PRESETS, Activation, Recipe, get_recipe
 from fptq.shards import write_durably, write_json
 
 
@@ -91,7 +91,7 @@ def quantize(
         model: a model folder, a GGUF file, a Hugging Face id, "demo", or an open model.
         output: the folder to make.
         recipe: a `Recipe`, or the name of a preset.
-        calibration: a `CalibrationSpec`, or its source alone.
+        calibration: a `CalibrationSpec`, or its source alone, of which a preset then takes its usual number of samples.
         options: the rest.
         recording: a folder of recorded statistics of this model and calibration data (`record`), which spares the walk
             through the model. A recipe that propagates its error, or trains, can't use one.
@@ -101,7 +101,9 @@ def quantize(
     """
     options = options or Options()
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
-    calibration = CalibrationSpec(calibration) if isinstance(calibration, str) else calibration
+    if isinstance(calibration, str):
+        usual = PRESETS[recipe.name].samples if recipe.name in PRESETS else CalibrationSpec.samples
+        calibration = CalibrationSpec(calibration, usual)
     destination = Path(os.path.realpath(Path(output).expanduser()))
     refuse_foreign(destination)
     source = FloatModel.open(model) if isinstance(model, str) else model
@@ -170,7 +172,8 @@ class _Job:
         dtype = getattr(torch, self.options.compute_dtype)
         wanted = Wanted.of([self.recipe], self.data.tokens.size)
         if recording is None:
-            return CalibrationWalk(self.source, self.data.tokens, dtype, self.workspace.folder, wanted)
+            folder, propagates = self.workspace.folder, self.recipe.propagate_error
+            return CalibrationWalk(self.source, self.data.tokens, dtype, folder, wanted, propagates=propagates)
         if not self.recipe.can_be_recorded:
             raise QuantizationError(f"recipe {self.recipe.name} calibrates on other activations than the float model's")
         recorded = Recording(self.source, self.data.tokens, dtype, recording)

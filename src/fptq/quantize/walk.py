@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from fptq.errors import QuantizationError
 from fptq.models.loading import FloatModel
 from fptq.models.stepping import BlockStepper, CacheObserver
 from fptq.quantize.activations import ActivationFile
-from fptq.quantize.observe import BlockStatistics, Wanted, observing
+from fptq.quantize.observe import AllSeenError, BlockStatistics, Wanted, observing
 
 _BATCH_TOKENS = 2048
 
@@ -27,16 +28,25 @@ class CalibrationWalk:
         dtype: the model computes, and the activations are kept, in this.
         folder: where the two files are; a walk can go on from a block whose inputs are there.
         wanted: what to observe besides ranges.
+        propagates: whether `propagate` will make each block's outputs, so that `observe` needn't.
     """
 
     def __init__(
-        self, source: FloatModel, tokens: np.ndarray, dtype: torch.dtype, folder: Path, wanted: Wanted | None = None
+        self,
+        source: FloatModel,
+        tokens: np.ndarray,
+        dtype: torch.dtype,
+        folder: Path,
+        wanted: Wanted | None = None,
+        *,
+        propagates: bool = False,
     ):
         self._source = source
         self._tokens = tokens
         self.dtype = dtype
         self._folder = folder
         self._wanted = wanted or Wanted()
+        self._propagates = propagates
         self._stepper = BlockStepper(source, dtype)
         self.batches = cut_batches(tokens)
 
@@ -58,8 +68,15 @@ class CalibrationWalk:
         Raises:
             QuantizationError: an output has a NaN or an infinity.
         """
-        with observing(block, self._source.groups, self._wanted) as statistics:
-            self._run(index, on_batch, statistics.update_cache_ranges)
+        outputs = not self._propagates or index + 1 == len(self._source.blocks)  # the last one's have to be finite
+        with observing(block, self._source.groups, self._wanted, outputs=outputs) as statistics:
+            if outputs:
+                self._run(index, on_batch, statistics.update_cache_ranges)
+                return statistics
+            for batch in self.batches:
+                with suppress(AllSeenError):
+                    self._stepper.run(index, self._activations(index).read(*batch), statistics.update_cache_ranges)
+                on_batch()
         return statistics
 
     def propagate(self, index: int, on_batch: Callable[[], object]) -> None:
