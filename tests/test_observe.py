@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from fptq.checkpoint import HISTOGRAM_BINS, HISTOGRAM_LOWEST_EXPONENT
 from fptq.models.architectures import InputGroup
 from fptq.quantize.observe import (
-    HISTOGRAM_BINS,
-    HISTOGRAM_LOWEST_EXPONENT,
     BlockStatistics,
     count_magnitudes,
     observing,

@@ -15,6 +15,7 @@
     ├── EngineError                 an engine that is closed or full, or whose numbers became infinite
     ├── TokenizerError              a tokenizer's files are damaged, or a chat template refuses the messages
     ├── KernelError                 a kernel that this CPU can't run, or operands that don't fit it
+    ├── ReportError                 measurements that a report can't show
     ├── OutputError                 the output folder can't be used, or the disk is full
     └── MissingDependencyError      an optional package is needed for this
 
@@ -84,6 +85,10 @@ class TokenizerError(FPTQError):
 
 class KernelError(FPTQError):
     """A kernel isn't available here, or was given operands of a wrong shape, dtype or range."""
+
+
+class ReportError(FPTQError):
+    """A file of measurements that a report can't show, or a part that it doesn't have."""
 
 
 class OutputError(FPTQError):

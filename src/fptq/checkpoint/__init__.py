@@ -6,6 +6,8 @@ before anything is taken from it. Neither needs torch or the compressed-tensors 
 
 from fptq.checkpoint.format import (
     FORMAT_VERSION,
+    HISTOGRAM_BINS,
+    HISTOGRAM_LOWEST_EXPONENT,
     INDEX_FILE,
     RECORD_FILE,
     STATISTICS_FILE,
@@ -23,6 +25,8 @@ from fptq.checkpoint.writer import CheckpointWriter
 
 __all__ = [
     "FORMAT_VERSION",
+    "HISTOGRAM_BINS",
+    "HISTOGRAM_LOWEST_EXPONENT",
     "INDEX_FILE",
     "RECORD_FILE",
     "STATISTICS_FILE",

@@ -21,6 +21,11 @@ INDEX_FILE = "model.safetensors.index.json"
 FORMAT_VERSION = 2
 MAX_SHARD_BYTES = 5_000_000_000
 
+HISTOGRAM_BINS = 96
+HISTOGRAM_LOWEST_EXPONENT = -32
+"""Of |x| in the statistics: each power of two 2^e has two bins, [1, 1.5)·2^e and [1.5, 2)·2^e, from this exponent on;
+the end bins take what lies beyond."""
+
 INPUT_PARTS = ("input_scale", "input_zero_point", "low_rank_up", "low_rank_down")
 """The last part of the names of the tensors that say how a layer's input is quantized and its weight corrected."""
 

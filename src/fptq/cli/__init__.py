@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import fptq
 from fptq.cli.evaluating import add_compare, add_evaluate, add_sweep
 from fptq.cli.quantizing import add_inspect, add_quantize
+from fptq.cli.reporting import add_report
 from fptq.cli.running import add_bench, add_chat, add_doctor, add_generate
 from fptq.errors import FPTQError
 
@@ -54,6 +55,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_compare(commands)
     add_sweep(commands)
+    add_report(commands)
     add_generate(commands)
     add_chat(commands)
     add_bench(commands)

@@ -15,12 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from fptq.checkpoint import HISTOGRAM_BINS, HISTOGRAM_LOWEST_EXPONENT
 from fptq.models.architectures import InputGroup
 from fptq.recipe import Recipe
-
-HISTOGRAM_BINS = 96
-HISTOGRAM_LOWEST_EXPONENT = -32
-"""Each power of two 2^e has two bins, |x| in [1, 1.5)·2^e and [1.5, 2)·2^e; the end bins take what lies beyond."""
 
 HISTOGRAM_TOKENS = 4096
 """Histograms are drawn from this many tokens; maxima come from all of them."""
