@@ -245,13 +245,13 @@ def worst_layers(subject: Subject, inks: Inks) -> Figure:
         tooltip=["name:N", alt.Tooltip("sqnr:Q", title="dB"), alt.Tooltip("weights_only:Q", title="dB, weights alone")],
     )
     bars = base.mark_bar(color=inks.colours["sky"], height={"band": 0.6}).encode(
-        x=alt.X("sqnr:Q", title="signal-to-noise, dB (ticks: weights alone)", axis=alt.Axis(tickCount=6))
+        x=alt.X("sqnr:Q", title="signal-to-noise, dB", axis=alt.Axis(tickCount=6))
     )
     ticks = base.mark_tick(color=inks.colours["red"], thickness=3, opacity=1, height={"band": 0.8}).encode(
         x="weights_only:Q"
     )
     chart = alt.layer(bars, ticks).properties(height=alt.Step(22))
-    caption = "Bar and tick close together: the weights make the noise. The tick far to the right: the activations do."
+    caption = "Ticks: with float inputs. Near the bar's end weights make the noise, far beyond it activations do."
     return Figure("worst_layers", f"The {len(rows)} noisiest layers", caption, chart, rows)
 
 
@@ -476,7 +476,7 @@ def accuracy_figures(rows: Sequence[tuple[str, str, Estimate]], inks: Inks) -> l
     figures = []
     for name, title, unit, caption in (
         ("perplexity", "Perplexity next to the float model", "increase, %", "Smaller is better."),
-        ("accuracies", "Accuracy next to the float model", "difference, points of percent", "Larger is better."),
+        ("accuracies", "Accuracy next to the float model", "points of percent", "Larger is better."),
     ):
         shown = [row for row in rows if (row[1] == "perplexity") == (name == "perplexity")]
         if not shown:
@@ -504,14 +504,16 @@ def accuracy_figures(rows: Sequence[tuple[str, str, Estimate]], inks: Inks) -> l
             tooltip=["of:N", "measured:N", alt.Tooltip("value:Q", title=unit)],
         )
         errors = base.mark_rule(strokeWidth=3).encode(
-            x=alt.X("low:Q", title=f"{unit}, ± standard error", axis=alt.Axis(tickCount=6)), x2="high:Q"
+            x=alt.X("low:Q", title=unit, axis=alt.Axis(tickCount=6)), x2="high:Q"
         )
         points = base.mark_point(filled=True, size=70, opacity=1).encode(x="value:Q")
         zero = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(strokeDash=[2, 2]).encode(x="x:Q")
         step = alt.Step(max(14, 44 // len(subjects)), **{"for": "offset"})
         chart = alt.layer(zero, errors, points).properties(height=step)
         figures.append(
-            Figure(name, title, f"{caption} Differences are paired: the same texts for both.", chart, values)
+            Figure(
+                name, title, f"{caption} Lines are standard errors of the difference, on the same texts.", chart, values
+            )
         )
     return figures
 
