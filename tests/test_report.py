@@ -22,7 +22,7 @@ from fptq.models.loading import FloatModel
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.recipe import Recipe, get_recipe
 from fptq.report.accuracy import FLOAT, gather
-from fptq.report.figures import CHANNEL_BINS, histogram_rows, largest_of_neighbours
+from fptq.report.figures import _DARK, _LIGHT, _POLICY_INKS, CHANNEL_BINS, histogram_rows, largest_of_neighbours
 from fptq.report.page import export, write_page
 from fptq.report.subject import Input, Layer, Subject, distinct
 from fptq.shards import write_json
@@ -269,6 +269,30 @@ def test_neighbours_lose_no_peak() -> None:
     assert binned[7] == values[7 * 56 : 8 * 56].max()
     few = largest_of_neighbours(values[:700])
     assert (len(few[0]), few[1], few[0][-1]) == (350, 2, values[698:700].max())
+
+
+@pytest.mark.parametrize("palette", [_LIGHT, _DARK])
+def test_colour_blind_readers_tell_policies_apart(palette: dict[str, str]) -> None:
+    """At least 15 units of CIELAB between any two (2.3 are just noticeable), as Machado et al. (2009) simulate."""
+
+    def linear(colour: str) -> np.ndarray:
+        values = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+    def lab(rgb: np.ndarray) -> np.ndarray:
+        to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+        xyz = to_xyz @ np.clip(rgb, 0, 1) / [0.9505, 1.0, 1.089]
+        x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+        return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+    for seen in (
+        np.eye(3),
+        np.array([[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]]),  # protanopia
+        np.array([[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]]),  # deuteranopia
+        np.array([[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]]),  # tritanopia
+    ):
+        labs = [lab(seen @ linear(palette[ink])) for ink in _POLICY_INKS.values()]
+        assert min(np.linalg.norm(a - b) for i, a in enumerate(labs) for b in labs[:i]) > 15
 
 
 def test_histogram_shares_are_of_all_values(made: Path) -> None:

@@ -421,7 +421,7 @@ def size_figure(subjects: Sequence[Subject], inks: Inks) -> Figure:
     alt = _altair()
     kinds = list(subjects[0].bytes_by_kind)
     rows = [
-        {"what": subject.label, "kind": kind, "mb": round(size / 1e6, 2), "order": kinds.index(kind)}
+        {"what": subject.label, "kind": kind, "mb": _significant(size / 1e6, 4), "order": kinds.index(kind)}
         for subject in subjects
         for kind, size in subject.bytes_by_kind.items()
         if size
@@ -431,7 +431,7 @@ def size_figure(subjects: Sequence[Subject], inks: Inks) -> Figure:
         {
             "what": floats,
             "kind": "16-bit floats",
-            "mb": round(subjects[0].bytes_in_16_bit / 1e6, 2),
+            "mb": _significant(subjects[0].bytes_in_16_bit / 1e6, 4),
             "order": len(kinds),
         }
     )

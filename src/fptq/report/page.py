@@ -173,7 +173,7 @@ class _Part:
         known = [layer for layer in subject.layers if layer.plan["sqnr_db"] is not None]
         worst = min(known, key=lambda layer: layer.plan["sqnr_db"], default=None)
         lines = [
-            f"{mb:,.0f} MB instead of {in_16_bit:,.0f} MB in 16 bits ({in_16_bit / mb:.1f} times smaller); "
+            f"{_megabytes(mb)} instead of {_megabytes(in_16_bit)} in 16 bits ({in_16_bit / mb:.1f} times smaller); "
             f"{checkpoint.weight_bits:.2f} bits for each weight of the decoder blocks, scales included.",
             f"Inputs of {len(subject.layers)} linear layers: {shares}. KV cache: "
             f"{'int8' if checkpoint.record['cache'] else 'float'}.",
@@ -392,6 +392,10 @@ def _json(values: Any) -> Markup:
 
 def _short(value: float) -> float | None:
     return float(f"{value:.3g}") if value > 0 else None
+
+
+def _megabytes(size: float) -> str:
+    return f"{size:,.0f} MB" if size >= 10 else f"{size:.2g} MB"
 
 
 def _number(value: float | None, form: str) -> str:
