@@ -1,7 +1,8 @@
 """Memory and resume of `fptq quantize` on a model of the 1B shape with random weights.
 
-    python bench/large_model.py WORK_FOLDER [--samples 8] [--kills 2] [--recipe fptq]
+    python bench/large_model.py WORK_FOLDER [--samples 8] [--kills 2] [--recipe fptq] [--layers 16]
 
+With fewer --layers it is as quick as its embedding is large: blocks are alike, so two of these tell what one costs.
 Makes a Llama (hidden 2048, intermediate 8192, 16 layers, 32 heads, 8 key/value heads, vocabulary 32,000) in bfloat16
 shards, quantizes it once undisturbed and notes the peak resident memory of that process; then quantizes it again,
 killing the process with SIGKILL at random moments, and compares every file with the undisturbed run's.
@@ -38,7 +39,7 @@ CONFIG = {
 }
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, layers: int) -> None:
     rng = np.random.default_rng(0)
     hidden, inner, key = 2048, 8192, 512
     shapes = {
@@ -62,17 +63,17 @@ def make_model(folder: Path) -> None:
     shards = [{"model.embed_tokens.weight": matrix(32000, hidden), "lm_head.weight": matrix(32000, hidden)}]
     shards[0]["model.norm.weight"] = norm()
     weight_map = {}
-    for number in range(17):
+    for number in range(layers + 1):
         tensors = shards[0]
         if number:
             prefix = f"model.layers.{number - 1}"
             tensors = {f"{prefix}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
             tensors |= {f"{prefix}.{name}.weight": norm() for name in ("input_layernorm", "post_attention_layernorm")}
-        file = f"model-{number + 1:05d}-of-00017.safetensors"
+        file = f"model-{number + 1:05d}-of-{layers + 1:05d}.safetensors"
         write_shard(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    write_json(folder / "config.json", CONFIG)
+    write_json(folder / "config.json", {**CONFIG, "num_hidden_layers": layers})
 
 
 def command(model: Path, output: Path, recipe: str, samples: int) -> list[str]:
@@ -102,10 +103,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--recipe", default="fptq")
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
     options = parser.parse_args()
     model, whole, killed = (options.folder / name for name in ("model", "whole", "killed"))
     if not model.exists():
-        make_model(model)
+        make_model(model, options.layers)
 
     start = time.monotonic()
     process = subprocess.Popen(command(model, whole, options.recipe, options.samples))
