@@ -14,7 +14,7 @@ RANKS = [
     {"shards"},
     {"checkpoint"},
     {"models", "runtime"},
-    {"quantize", "integrations"},
+    {"quantize", "integrations", "export"},
     {"evaluate"},
     {"report"},
     {"cli"},

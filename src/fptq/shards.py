@@ -130,8 +130,13 @@ def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
     _write_tensors(path, [_Outgoing(n, a.dtype, a.shape, partial(_bytes_of, a)) for n, a in tensors.items()])
 
 
-def merge_shards(path: Path, sources: Iterable[Path]) -> None:
+def merge_shards(path: Path, sources: Iterable[Path], keep: Callable[[str], bool] = lambda name: True) -> None:
     """Write the tensors of several safetensors files into the one file `path`, copying by small pieces.
+
+    Args:
+        path: of the new file.
+        sources: the files.
+        keep: says by its name whether a tensor is copied.
 
     Raises:
         OutputError: a source is damaged, two have a tensor of the same name, or `path` can't be written.
@@ -139,6 +144,8 @@ def merge_shards(path: Path, sources: Iterable[Path]) -> None:
     outgoing: dict[str, _Outgoing] = {}
     for source in sources:
         for name, entry in read_header(source, OutputError).items():
+            if not keep(name):
+                continue
             if name in outgoing:
                 raise OutputError(f"{source}: tensor '{name}' is in another part, too")
             outgoing[name] = _Outgoing(name, entry.dtype, entry.shape, partial(_pieces_of, source, entry))

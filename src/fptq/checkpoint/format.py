@@ -187,7 +187,7 @@ def quantization_config(
             "format": _FORMATS[scheme.bits],
             "targets": by_scheme[scheme],
             "weights": {**_WEIGHTS[scheme.bits], **shape},
-            "input_activations": _ACTIVATIONS[scheme.activation],
+            "input_activations": input_activations(scheme.activation),
             "output_activations": None,
             **({"low_rank": scheme.low_rank} if scheme.low_rank else {}),
         }
@@ -201,6 +201,11 @@ def quantization_config(
         "kv_cache_scheme": INT8_STATIC if int8_cache else None,
         "ignore": ignore,
     }
+
+
+def input_activations(activation: Activation) -> dict[str, Any] | None:
+    """Return what a config group says of an input that is quantized in this way."""
+    return _ACTIVATIONS[activation]
 
 
 def _by_suffix(layers: dict[str, LayerScheme], blocks: str) -> dict[str, dict[str, LayerScheme]]:

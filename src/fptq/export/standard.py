@@ -1,0 +1,128 @@
+"""Compressed-tensors checkpoints that stock engines load: the same int4 codes, inputs and KV cache as those have them.
+
+Equalization is in the weights and norms, so nothing has to be computed again: a layer whose input was quantized with a
+static scale has it quantized per token, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fptq
+from fptq.checkpoint import INDEX_FILE, RECORD_FILE, STATISTICS_FILE, Checkpoint
+from fptq.checkpoint.format import CACHE_PARTS, INPUT_PARTS, input_activations
+from fptq.errors import CheckpointError, OutputError
+from fptq.recipe import Activation
+from fptq.shards import merge_shards, read_header, write_json
+
+PROVENANCE_FILE = "fptq_export.json"
+"""Says what an exported folder was made of. It is no checkpoint of ours any more, without plan and static scales."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A form to export to.
+
+    Attributes:
+        becomes: what is left of the checkpoint's scheme.
+        runs: where it runs, and as what.
+        activation: how every input of a linear layer is quantized.
+    """
+
+    becomes: str
+    runs: str
+    activation: Activation
+
+
+TARGETS = {
+    "compressed-tensors-dynamic": Target(
+        "int4 weights, int8 activations with a scale for each token in every layer, KV cache in float",
+        "transformers, which computes it in float; stock vLLM loads it, and computes with int8 activations only where "
+        "it has a kernel for that (Humming on NVIDIA GPUs, AMX, Arm, Intel XPU), elsewhere as W4A16 without a word",
+        Activation.DYNAMIC,
+    ),
+    "w4a16": Target(
+        "int4 weights, activations and KV cache in float",
+        "transformers; stock vLLM with its W4A16 kernels (Marlin and others). With the environment variable "
+        "VLLM_MARLIN_INPUT_DTYPE=int8 Marlin quantizes activations per token",
+        Activation.NONE,
+    ),
+}
+"""What `export` can make."""
+
+
+def export(checkpoint: Checkpoint, output: Path, target: str) -> Path:
+    """Write `checkpoint` in the form `target` of TARGETS and return the new folder.
+
+    Tensors are copied by small pieces; nothing is at `output` before all is.
+
+    Raises:
+        CheckpointError: the checkpoint has something that the target can't say.
+        OutputError: `output` is there already, or can't be written.
+    """
+    if output.exists():
+        raise OutputError(f"{output}: is there already; give another -o")
+    _require_exportable(checkpoint)
+    partial = output.with_name(f"{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _copy_companions(checkpoint, partial)
+    except OSError as cause:
+        raise OutputError(f"{cause.filename or partial}: can't be written ({cause.strerror})") from cause
+    shards = sorted({path for path, _ in checkpoint.tensors.values()})
+    for shard in shards:
+        merge_shards(partial / shard.name, [shard], keep=_is_kept)
+    if len(shards) > 1:
+        headers = {shard.name: read_header(partial / shard.name, OutputError) for shard in shards}
+        size = sum(entry.stop - entry.start for header in headers.values() for entry in header.values())
+        weight_map = {tensor: shard for shard, header in headers.items() for tensor in header}
+        write_json(partial / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    config = {**checkpoint.config, "quantization_config": _config(checkpoint, TARGETS[target].activation)}
+    write_json(partial / "config.json", config)
+    record = {key: checkpoint.record.get(key) for key in ("model", "recipe", "calibration", "sha256")}
+    write_json(partial / PROVENANCE_FILE, {"fptq_version": fptq.__version__, "target": target, "from": record})
+    partial.rename(output)
+    return output
+
+
+def _require_exportable(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for what no other engine has."""
+    if checkpoint.simulated:
+        raise CheckpointError(f"{checkpoint.folder}: no engine runs its scheme, which is simulated; there is no export")
+    odd = sorted(checkpoint.schemes.keys() - set(checkpoint.block_layers))
+    if odd:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {odd[0]} is int8, which stock engines don't load; quantize without --lm-head int8"
+        )
+
+
+def _is_kept(tensor: str) -> bool:
+    return tensor.rpartition(".")[2] not in (*CACHE_PARTS, *INPUT_PARTS)
+
+
+def _config(checkpoint: Checkpoint, activation: Activation) -> dict[str, Any]:
+    """Return the quantization_config with other activations; groups that are alike then become one."""
+    original = checkpoint.config["quantization_config"]
+    groups: dict[str, dict[str, Any]] = {}
+    for group in original["config_groups"].values():
+        changed = {**group, "input_activations": input_activations(activation), "targets": []}
+        merged = groups.setdefault(json.dumps(changed, sort_keys=True), changed)
+        merged["targets"] = [*merged["targets"], *group["targets"]]
+    named = {f"group_{number}": group for number, group in enumerate(groups.values())}
+    return {**original, "config_groups": named, "kv_cache_scheme": None}
+
+
+def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy tokenizer and generation settings: every file that is not ours and no shard."""
+    ours = {"config.json", RECORD_FILE, STATISTICS_FILE, INDEX_FILE, *(p.name for p, _ in checkpoint.tensors.values())}
+    files = checkpoint.record.get("files")
+    names = [p.name for p in checkpoint.folder.iterdir() if p.is_file()] if files is None else list(files)
+    for name in names:
+        if name not in ours:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.folder / name, folder / name)
