@@ -270,7 +270,7 @@ def _presets() -> dict[str, Preset]:
         "fptq-gptq", usual, "fptq with weights rounded by GPTQ after LAE (the paper's FPTQ_GPTQ)", fptq, rounding="gptq"
     )
     beyond = "beyond FPTQ, with parts of AWQ and GPTQ"
-    searched = replace(usual, equalization="search", clipping="search", dynamic=fc2)
+    searched = replace(usual, equalization="search", clipping="search", dynamic=fc2, fuse_into_linear=True)
     best = replace(searched, rounding="gptq", propagate_error=True)
     add(
         "fptq-best",

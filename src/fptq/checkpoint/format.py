@@ -52,6 +52,9 @@ _MIXED = "mixed-precision"
 _STANDARD, SIMULATION = "compressed-tensors", "fptq-simulation"
 """The `quant_method` of a checkpoint: the ecosystem's, or ours where that can't say what a method does."""
 
+PRODUCER = {"name": "fptq"}
+"""The "producer" in the `quantization_config` of our checkpoints, by which our vLLM plugin knows them."""
+
 _INT8_DYNAMIC = {**INT8_STATIC, "strategy": "token", "dynamic": True}
 _ACTIVATIONS: dict[Activation, dict[str, Any] | None] = {
     Activation.NONE: None,
@@ -193,6 +196,7 @@ def quantization_config(
         }
     formats = {group["format"] for group in groups.values()}
     return {
+        "producer": PRODUCER,
         "quant_method": _STANDARD if all(scheme.standard for scheme in by_scheme) else SIMULATION,
         "format": formats.pop() if len(formats) == 1 else _MIXED,
         "quantization_status": "compressed",

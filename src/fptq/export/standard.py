@@ -107,7 +107,7 @@ def _is_kept(tensor: str) -> bool:
 
 def _config(checkpoint: Checkpoint, activation: Activation) -> dict[str, Any]:
     """Return the quantization_config with other activations; groups that are alike then become one."""
-    original = checkpoint.config["quantization_config"]
+    original = {key: v for key, v in checkpoint.config["quantization_config"].items() if key != "producer"}
     groups: dict[str, dict[str, Any]] = {}
     for group in original["config_groups"].values():
         changed = {**group, "input_activations": input_activations(activation), "targets": []}

@@ -1,4 +1,4 @@
-"""The native kernels as torch operators: `torch.ops.fptq.linear`, for eager mode and torch.compile, on the CPU."""
+"""The native kernels as torch operators, `torch.ops.fptq.linear…`, for eager mode and torch.compile, on the CPU."""
 
 from __future__ import annotations
 
@@ -57,3 +57,44 @@ def _(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.custom_op("fptq::linear_of_codes", mutates_args=(), device_types="cpu")
+def linear_of_codes(
+    codes: torch.Tensor,
+    steps: torch.Tensor,
+    packed: torch.Tensor,
+    out_features: int,
+    group_size: int,
+    bits: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return `Kernels.matmul` of int8 codes [..., in_features] as [..., out_features], float32.
+
+    Args:
+        codes: the quantized input.
+        steps: float32 [...], the step size of each row.
+        packed: as for `linear`, and so the rest.
+        out_features: n.
+        group_size: inputs that share a weight scale.
+        bits: of the weights, 4 or 8.
+        bias: float32 [n].
+    """
+    k = codes.shape[-1]
+    weights = Weights(packed.numpy(), out_features, k, group_size, bits)
+    offset = None if bias is None else bias.numpy()
+    y = shared_kernels().matmul(weights, codes.reshape(-1, k).numpy(), steps.reshape(-1).numpy(), offset)
+    return torch.from_numpy(y).reshape(*codes.shape[:-1], out_features)
+
+
+@linear_of_codes.register_fake
+def _(
+    codes: torch.Tensor,
+    steps: torch.Tensor,
+    packed: torch.Tensor,
+    out_features: int,
+    group_size: int,
+    bits: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return steps.new_empty((*codes.shape[:-1], out_features))
