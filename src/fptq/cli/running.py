@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import sys
+import textwrap
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -96,8 +97,12 @@ def add_doctor(commands: Any) -> None:
     details = """
         The fastest kernel that the CPU can run is chosen by itself. The environment variable
         FPTQ_KERNEL forces another one of the list; 'reference' is numpy and slow.
+
+        With a checkpoint it also compares every file with its checksum, and says what each engine
+        would do with it: whether it loads, and whether it computes with int8.
         """
-    add_command(commands, "doctor", _doctor, "show which kernels run on this machine, and why", details)
+    command = add_command(commands, "doctor", _doctor, "show which kernels run on this machine, and why", details)
+    command.add_argument("checkpoint", metavar="DIR", nargs="?", help="a checkpoint folder")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -261,10 +266,19 @@ def _sampling(options: argparse.Namespace) -> Any:
     )
 
 
-def _doctor(_: argparse.Namespace) -> None:
+def _doctor(options: argparse.Namespace) -> None:
+    from fptq.checkpoint import Checkpoint
+    from fptq.report.engines import engine_verdicts
     from fptq.report.tables import diagnosis_table
     from fptq.runtime.doctor import diagnose, require_sound
 
     diagnosis = diagnose()
     print(diagnosis_table(diagnosis))
     require_sound(diagnosis)
+    if options.checkpoint is None:
+        return
+    checkpoint = Checkpoint.open(options.checkpoint)
+    sound = f"{len(list(checkpoint.verify()))} files are as they were written" if checkpoint.record else "no checksums"
+    print(f"\n{checkpoint.folder}: {sound}")
+    for engine, verdict in engine_verdicts(checkpoint):
+        print(textwrap.fill(f"{engine}: {verdict}", 100, initial_indent="  ", subsequent_indent="    "))

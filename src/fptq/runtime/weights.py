@@ -11,7 +11,7 @@ import numpy as np
 from fptq.checkpoint import Checkpoint, KVScales, LayerScheme
 from fptq.errors import CheckpointError, UnsupportedModelError
 from fptq.recipe import Activation
-from fptq.runtime.blueprint import Block, Blueprint, Linear, Norm
+from fptq.runtime.blueprint import Block, Blueprint, Linear, Norm, blueprint
 from fptq.runtime.kernels import FLOAT_BITS, Kernels, Weights
 from fptq.runtime.reference import PANEL_CHANNELS
 from fptq.shards import TensorEntry
@@ -132,6 +132,30 @@ class DecoderWeights:
             for part in projection.parts
         ]
         return sum(w.n * w.k for w in parts), sum(part.weights.n * part.weights.k for part in self.head.parts)
+
+
+def require_runnable(checkpoint: Checkpoint) -> Blueprint:
+    """Return the checkpoint's blueprint if the engine runs it; no weight is read.
+
+    Raises:
+        UnsupportedModelError: it doesn't; the message names what.
+        CheckpointError: a value of config.json is missing or wrong.
+    """
+    plan = blueprint(checkpoint.config)
+    if checkpoint.config["quantization_config"].get("kv_cache_scheme") is None:
+        raise UnsupportedModelError("a KV cache in float", "it runs int8 caches with static scales")
+    for name, scheme in checkpoint.schemes.items():
+        if name != plan.embedding:  # a lookup has no input
+            _require_integers(name, scheme)
+    return plan
+
+
+def _require_integers(name: str, scheme: LayerScheme) -> None:
+    if scheme.low_rank:
+        raise UnsupportedModelError(f"weights with a low-rank correction, as '{name}' has them")
+    if not scheme.activation.runs_in_int8:
+        kind = "float" if scheme.activation is Activation.NONE else f"'{scheme.activation.value}'"
+        raise UnsupportedModelError(f"int{scheme.bits} weights with {kind} activations, as '{name}' has them")
 
 
 def load_weights(checkpoint: Checkpoint, plan: Blueprint, kernels: Kernels, context: int) -> DecoderWeights:
@@ -292,7 +316,7 @@ class _Loader:
             packed = self.kernels.pack_words(*self._words(prefix, layer, n, k))
         else:
             if layer.name != self.plan.embedding:
-                self._require_integers(name, scheme)
+                _require_integers(name, scheme)
             linear = self.checkpoint.read_linear(name)
             if linear.codes.shape != (n, k):
                 raise self._misfit(name, linear.codes.shape, (n, k))
@@ -303,7 +327,7 @@ class _Loader:
     def _words(self, prefix: str, layer: Linear, n: int, k: int) -> tuple[Array, Array]:
         """Return an int4 layer's words and bfloat16 scales, its channels in the wanted order."""
         name = prefix + layer.name
-        self._require_integers(name, self.checkpoint.schemes[name])
+        _require_integers(name, self.checkpoint.schemes[name])
         words, scales = self.checkpoint.read(f"{name}.weight_packed"), self.checkpoint.read(f"{name}.weight_scale")
         if words.shape != (n, k // 8):
             raise self._misfit(name, (words.shape[0], 8 * words.shape[1]), (n, k))
@@ -314,13 +338,6 @@ class _Loader:
         if scales.dtype != narrow.dtype and not np.array_equal(wide, scales.astype(np.float32)):
             raise UnsupportedModelError(f"weight scales that bfloat16 can't hold, as '{name}' has them")
         return _ordered(words, layer.rows), _ordered(narrow, layer.rows)
-
-    def _require_integers(self, name: str, scheme: LayerScheme) -> None:
-        if scheme.low_rank:
-            raise UnsupportedModelError(f"weights with a low-rank correction, as '{name}' has them")
-        if not scheme.activation.runs_in_int8:
-            kind = "float" if scheme.activation is Activation.NONE else f"'{scheme.activation.value}'"
-            raise UnsupportedModelError(f"int{scheme.bits} weights with {kind} activations, as '{name}' has them")
 
     def _input_scale(self, name: str) -> float | None:
         scheme = self.checkpoint.schemes.get(name)

@@ -39,6 +39,7 @@ from fptq.checkpoint import PRODUCER, LayerScheme
 from fptq.checkpoint.format import matches, read_schemes
 from fptq.errors import CheckpointError
 from fptq.integrations.torch_ops import linear, linear_of_codes, shared_kernels
+from fptq.integrations.vllm.support import refusal
 from fptq.recipe import Activation
 
 NAME = "fptq"
@@ -88,14 +89,9 @@ class FPTQConfig(QuantizationConfig):
                 "w4a16 -o OUT"
             )
         schemes = read_schemes(config)
-        for targets, scheme in schemes:
-            if scheme.bits != 4 or scheme.group_size is None or not scheme.standard:
-                raise CheckpointError(f"{targets[0]}: vLLM's plugin runs int4 weights in groups, not {scheme}")
-            if not scheme.activation.runs_in_int8:
-                raise CheckpointError(
-                    f"{targets[0]}: its inputs are {scheme.activation.value}, which no int8 kernel runs; vLLM itself "
-                    "loads weight-only checkpoints: fptq export DIR --to w4a16 -o OUT"
-                )
+        refused = refusal([(targets[0], scheme) for targets, scheme in schemes])
+        if refused:
+            raise CheckpointError(refused)
         return cls(schemes, config["ignore"], config.get("kv_cache_scheme") is not None)
 
     @classmethod
