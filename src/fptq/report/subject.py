@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -146,16 +147,12 @@ class Subject:
     @property
     def bytes_in_16_bit(self) -> int:
         """What the float model's tensors take at two bytes a number."""
-        quantized = sum(rows * columns for rows, columns in (layer.plan["shape"] for layer in self.layers))
-        inside = {layer.name for layer in self.layers}
-        parts = ("weight_packed", "weight_scale", "weight_shape", "input_scale", "k_scale", "v_scale", "weight")
-        others = (
-            int(np.prod(entry.shape))
-            for name, (_, entry) in self.checkpoint.tensors.items()
-            if not (name.rpartition(".")[0] in inside and name.rpartition(".")[2] in parts)
-            and name.rpartition(".")[2] not in ("k_scale", "v_scale", "weight_scale")
+        tensors = self.checkpoint.tensors
+        with_codes = (  # all but a head that shares the embedding's
+            name for name in self.checkpoint.schemes if {f"{name}.weight", f"{name}.weight_packed"} & tensors.keys()
         )
-        return 2 * (quantized + sum(others))
+        numbers = sum(math.prod(self.checkpoint.shape(name)) for name in with_codes)
+        return 2 * (numbers + sum(math.prod(tensors[name][1].shape) for name in self.checkpoint.float_tensors()))
 
     def command(self) -> str:
         """Return the command that makes this checkpoint of its model again."""
