@@ -72,11 +72,11 @@ class CalibrationWalk:
         with observing(block, self._source.groups, self._wanted, outputs=outputs) as statistics:
             if outputs:
                 self._run(index, on_batch, statistics.update_cache_ranges)
-                return statistics
-            for batch in self.batches:
-                with suppress(AllSeenError):
-                    self._stepper.run(index, self._activations(index).read(*batch), statistics.update_cache_ranges)
-                on_batch()
+            else:
+                for batch in self.batches:
+                    with suppress(AllSeenError):
+                        self._stepper.run(index, self._activations(index).read(*batch), statistics.update_cache_ranges)
+                    on_batch()
         return statistics
 
     def propagate(self, index: int, on_batch: Callable[[], object]) -> None:
