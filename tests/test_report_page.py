@@ -22,7 +22,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)")
 
 FAULTS = """() => {
-  const faults = [], overlap = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+  const faults = [], overlap = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > -3
     && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
   if (document.documentElement.scrollWidth > innerWidth) faults.push("the page is wider than the window");
   for (const place of document.querySelectorAll(".chart")) {

@@ -127,6 +127,8 @@ class Figure:
                 "titleFontSize": 12,
                 "titleFontWeight": "normal",
                 "labelLimit": 240,
+                "labelOverlap": True,
+                "labelSeparation": 6,
             },
             "legend": {
                 "labelColor": text,
@@ -532,7 +534,7 @@ def _legend(alt: Any) -> altair.Legend:
 
 
 def _blocks(alt: Any) -> altair.X:
-    return alt.X("block:O", title="decoder block", axis=alt.Axis(labelAngle=0, labelOverlap=True))
+    return alt.X("block:O", title="decoder block", axis=alt.Axis(labelAngle=0))
 
 
 def _modules(alt: Any, subject: Subject) -> altair.Y:
