@@ -192,7 +192,13 @@ def test_folders_that_are_no_finished_checkpoints(
     ):
         assert main(["report", str(given), "-o", str(tmp_path / "r.html")]) == 1
         assert words in capsys.readouterr().err
-    for name, content in (("evaluation.json", "{"), ("benchmark.json", '{"rows": [{}]}'), ("evaluation.json", "[]")):
+    for name, content in (
+        ("evaluation.json", "{"),
+        ("benchmark.json", '{"rows": [{}]}'),
+        ("evaluation.json", "[]"),
+        ("evaluation.json", '{"tasks": {"piqa": {}}}'),
+        ("evaluation.json", '{"quantized": 3}'),
+    ):
         (folder / name).write_text(content)
         assert main(["report", str(folder), "-o", str(tmp_path / "r.html")]) == 1
         assert name in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 from fptq.errors import ReportError
 from fptq.evaluate.estimates import Estimate, exponential_of_mean
 from fptq.evaluate.scores import PERPLEXITY, TaskScore
-from fptq.report.subject import Subject, estimate
+from fptq.report.subject import EVALUATION_FILE, Subject, estimate
 
 FLOAT = "float"
 _PERPLEXITY, _LAMBADA = "perplexity", "LAMBADA"
@@ -35,12 +35,17 @@ def gather(subjects: Sequence[Subject], comparison: Mapping[str, Any] | None) ->
     """Return the float model and all others of which something was measured.
 
     Raises:
-        ReportError: the comparison isn't what `fptq compare` wrote.
+        ReportError: an evaluation isn't what `fptq evaluate` wrote, or the comparison what `fptq compare` did.
     """
     found: list[Accuracy] = []
     for subject in subjects:
         if subject.evaluation is not None:
-            found += _evaluated(subject.label, subject.evaluation)
+            try:
+                found += _evaluated(subject.label, subject.evaluation)
+            except (AttributeError, KeyError, TypeError) as cause:
+                raise ReportError(
+                    f"{subject.label}: {EVALUATION_FILE} isn't what `fptq evaluate` writes ({cause!r})"
+                ) from cause
     if comparison is not None:
         try:
             found += _compared(comparison)
@@ -49,7 +54,8 @@ def gather(subjects: Sequence[Subject], comparison: Mapping[str, Any] | None) ->
     merged: dict[str, Accuracy] = {}
     for row in found:
         known = merged.setdefault(row.label, row)
-        known.figures.update({name: e for name, e in row.figures.items() if name not in known.figures})
+        for mine, others in ((known.figures, row.figures), (known.differences, row.differences)):
+            mine.update({name: e for name, e in others.items() if name not in mine})
     return sorted(merged.values(), key=lambda row: row.label != FLOAT)
 
 

@@ -23,7 +23,6 @@ from fptq.report.subject import BENCHMARK_FILE, EVALUATION_FILE, Subject
 from fptq.report.tables import format_estimate
 from fptq.shards import write_durably
 
-FORMATS = ("html", "png", "svg", "csv")
 _MISSING = "–"
 
 
