@@ -166,21 +166,10 @@ def decision_map(subject: Subject, inks: Inks) -> Figure:
     ]
     present = sorted({row["policy"] for row in rows}, key=lambda p: list(_all_policies(rows)).index(p))
     colours = [inks.colours[_all_policies(rows)[policy]] for policy in present]
-    chart = (
-        alt.Chart(alt.Data(values=rows))
-        .mark_rect()
-        .encode(
-            x=_blocks(alt),
-            y=_modules(alt, subject),
-            color=alt.Color(
-                "policy:N",
-                title="input is",
-                scale=alt.Scale(domain=present, range=colours),
-                legend=_legend(alt),
-            ),
-            tooltip=["name:N", "policy:N", alt.Tooltip("range:Q", title="max|x|"), "reason:N"],
-        )
-        .properties(height=alt.Step(24))
+    scale = alt.Scale(domain=present, range=colours)
+    chart = _layer_map(alt, subject, rows).encode(
+        color=alt.Color("policy:N", title="input is", scale=scale, legend=_legend(alt)),
+        tooltip=["name:N", "policy:N", alt.Tooltip("range:Q", title="max|x|"), "reason:N"],
     )
     caption = (
         "Each cell is a linear layer. Scales are known beforehand (static), or cost a pass over each token's input."
@@ -201,25 +190,10 @@ def noise_map(subject: Subject, inks: Inks) -> Figure:
         }
         for layer in subject.layers
     ]
-    chart = (
-        alt.Chart(alt.Data(values=rows))
-        .mark_rect()
-        .encode(
-            x=_blocks(alt),
-            y=_modules(alt, subject),
-            color=alt.Color(
-                "sqnr:Q",
-                title="signal-to-noise, dB",
-                scale=alt.Scale(scheme="viridis", zero=False),
-                legend=alt.Legend(orient="top", gradientLength=200),
-            ),
-            tooltip=[
-                "name:N",
-                alt.Tooltip("sqnr:Q", title="dB"),
-                alt.Tooltip("weights_only:Q", title="dB, weights alone"),
-            ],
-        )
-        .properties(height=alt.Step(24))
+    scale, legend = alt.Scale(scheme="viridis", zero=False), alt.Legend(orient="top", gradientLength=200)
+    chart = _layer_map(alt, subject, rows).encode(
+        color=alt.Color("sqnr:Q", title="signal-to-noise, dB", scale=scale, legend=legend),
+        tooltip=["name:N", alt.Tooltip("sqnr:Q", title="dB"), alt.Tooltip("weights_only:Q", title="dB, weights alone")],
     )
     caption = (
         "Energy of a layer's float output over that of its error, on the first calibration samples: at 20 dB the error "
@@ -533,13 +507,14 @@ def _legend(alt: Any) -> altair.Legend:
     return alt.Legend(orient="top", columns=alt.ExprRef("width < 420 ? 1 : 3"))
 
 
-def _blocks(alt: Any) -> altair.X:
-    return alt.X("block:O", title="decoder block", axis=alt.Axis(labelAngle=0))
-
-
-def _modules(alt: Any, subject: Subject) -> altair.Y:
+def _layer_map(alt: Any, subject: Subject, rows: Sequence[Mapping[str, Any]]) -> altair.Chart:
+    """Return cells over blocks and layers, to be coloured."""
     order = list(dict.fromkeys(layer.module for layer in subject.layers))
-    return alt.Y("layer:N", title="linear layer", sort=order)
+    cells = alt.Chart(alt.Data(values=rows)).mark_rect().properties(height=alt.Step(24))
+    return cells.encode(
+        x=alt.X("block:O", title="decoder block", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("layer:N", title="linear layer", sort=order),
+    )
 
 
 def _all_policies(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
