@@ -19,13 +19,13 @@ make_environment() { # NAME: with a CPU build of torch, which others must find i
     "$1/bin/python" "$here/../scripts/install_torch.py"
 }
 
-if [ ! -x llamacpp/bin/llama-completion ]; then
+if [ ! -x llamacpp/bin/llama-perplexity ]; then
     python3 -m pip download --no-deps --no-binary llama-cpp-python -d llamacpp llama-cpp-python==0.3.36
     mkdir -p llamacpp/source
     tar xzf llamacpp/llama_cpp_python-0.3.36.tar.gz --strip-components=1 -C llamacpp/source
     cmake -G Ninja -S llamacpp/source/vendor/llama.cpp -B llamacpp -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
         -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF
-    cmake --build llamacpp --target llama-bench llama-quantize llama-completion
+    cmake --build llamacpp --target llama-bench llama-quantize llama-completion llama-perplexity
 fi
 
 if [ ! -d genai ]; then

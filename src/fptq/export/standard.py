@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,55 +22,21 @@ PROVENANCE_FILE = "fptq_export.json"
 """Says what an exported folder was made of. It is no checkpoint of ours any more, without plan and static scales."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """A form to export to.
-
-    Attributes:
-        becomes: what is left of the checkpoint's scheme.
-        runs: where it runs, and as what.
-        activation: how every input of a linear layer is quantized.
-    """
-
-    becomes: str
-    runs: str
-    activation: Activation
-
-
-TARGETS = {
-    "compressed-tensors-dynamic": Target(
-        "int4 weights, int8 activations with a scale for each token in every layer, KV cache in float",
-        "transformers, which computes it in float; stock vLLM loads it, and computes with int8 activations only where "
-        "it has a kernel for that (Humming on NVIDIA GPUs, AMX, Arm, Intel XPU), elsewhere as W4A16 without a word",
-        Activation.DYNAMIC,
-    ),
-    "w4a16": Target(
-        "int4 weights, activations and KV cache in float",
-        "transformers; stock vLLM with its W4A16 kernels (Marlin and others). With the environment variable "
-        "VLLM_MARLIN_INPUT_DTYPE=int8 Marlin quantizes activations per token",
-        Activation.NONE,
-    ),
-}
-"""What `export` can make."""
-
-
-def export(checkpoint: Checkpoint, output: Path, target: str) -> Path:
-    """Write `checkpoint` in the form `target` of TARGETS and return the new folder.
+def export_standard(checkpoint: Checkpoint, output: Path, target: str, activation: Activation) -> None:
+    """Write `checkpoint` as a folder whose layers' inputs are all quantized as `activation`.
 
     Tensors are copied by small pieces; nothing is at `output` before all is.
 
     Raises:
-        CheckpointError: the checkpoint has something that the target can't say.
-        OutputError: `output` is there already, or can't be written.
+        CheckpointError: the head is int8.
+        OutputError: `output` can't be written.
     """
-    if output.exists():
-        raise OutputError(f"{output}: is there already; give another -o")
-    _require_exportable(checkpoint)
+    _require_float_head(checkpoint)
     partial = output.with_name(f"{output.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _copy_companions(checkpoint, partial)
+        copy_companions(checkpoint, partial)
     except OSError as cause:
         raise OutputError(f"{cause.filename or partial}: can't be written ({cause.strerror})") from cause
     shards = sorted({path for path, _ in checkpoint.tensors.values()})
@@ -82,18 +47,14 @@ def export(checkpoint: Checkpoint, output: Path, target: str) -> Path:
         size = sum(entry.stop - entry.start for header in headers.values() for entry in header.values())
         weight_map = {tensor: shard for shard, header in headers.items() for tensor in header}
         write_json(partial / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    config = {**checkpoint.config, "quantization_config": _config(checkpoint, TARGETS[target].activation)}
+    config = {**checkpoint.config, "quantization_config": _config(checkpoint, activation)}
     write_json(partial / "config.json", config)
     record = {key: checkpoint.record.get(key) for key in ("model", "recipe", "calibration", "sha256")}
     write_json(partial / PROVENANCE_FILE, {"fptq_version": fptq.__version__, "target": target, "from": record})
     partial.rename(output)
-    return output
 
 
-def _require_exportable(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for what no other engine has."""
-    if checkpoint.simulated:
-        raise CheckpointError(f"{checkpoint.folder}: no engine runs its scheme, which is simulated; there is no export")
+def _require_float_head(checkpoint: Checkpoint) -> None:
     odd = sorted(checkpoint.schemes.keys() - set(checkpoint.block_layers))
     if odd:
         raise CheckpointError(
@@ -117,7 +78,7 @@ def _config(checkpoint: Checkpoint, activation: Activation) -> dict[str, Any]:
     return {**original, "config_groups": named, "kv_cache_scheme": None}
 
 
-def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy tokenizer and generation settings: every file that is not ours and no shard."""
     ours = {"config.json", RECORD_FILE, STATISTICS_FILE, INDEX_FILE, *(p.name for p, _ in checkpoint.tensors.values())}
     files = checkpoint.record.get("files")

@@ -258,14 +258,14 @@ class FloatModel:
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
 
 
-def _read_folder_config(folder: Path) -> Any:
+def _read_folder_config(folder: Path, *, quantized: bool = False) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if "quantization_config" in values:
+        if "quantization_config" in values and not quantized:
             method = values["quantization_config"].get("quant_method", "unknown")
             raise ModelError(f"{folder}: is already quantized ({method}); give the float model it was made from")
         get_architecture(values.get("model_type", "(none given)"))  # refuse before building what isn't known
@@ -282,6 +282,17 @@ def _read_folder_config(folder: Path) -> Any:
         StrictDataclassError,
     ) as cause:
         raise ModelError(f"{path}: can't be read as a model's configuration ({cause})") from cause
+
+
+def checkpoint_skeleton(folder: Path) -> nn.Module:
+    """Return the transformers model that a checkpoint of ours was made of, on the meta device.
+
+    Raises:
+        ModelError: its configuration can't be read, or its architecture isn't in the table.
+    """
+    config = _read_folder_config(folder, quantized=True)
+    del config.quantization_config
+    return build_skeleton(config)
 
 
 def _read_gguf_config(path: Path, reader: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -146,18 +147,54 @@ def _find_shards(folder: Path) -> list[Path]:
     raise ModelError(f"{folder}: no *.safetensors file in it; needed a Hugging Face model folder")
 
 
+class GGUFLayout:
+    """How a GGUF file of an architecture names and arranges the tensors of a transformers model.
+
+    Llama's query and key rows are in another order there, Gemma's norms are larger by 1: `transformers` knows how to
+    bring both back, and what it does to a tensor of row numbers tells the way there.
+
+    Attributes:
+        names: the file's name of each tensor that a file may have, to its name in the model's state dict.
+
+    Args:
+        architecture: as the file calls it.
+        model: a transformers model, which may be on the meta device.
+    """
+
+    def __init__(self, architecture: str, model: Any):
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+        self.names = _gguf_names(architecture, model)
+
+    def read(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Return a tensor of the file, as the model has it; `name` is the file's."""
+        return self._processor.process(weights=values, name=name).weights
+
+    def rows(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the model's row that each row of the file's tensor is, as indices [rows]."""
+        count = shape[0]
+        numbers = np.arange(count).repeat(math.prod(shape[1:])).reshape(shape)
+        order = (self.read(name, numbers) - self.offset(name, shape)).reshape(count, -1)
+        if (order != order[:, :1]).any() or (np.sort(order[:, 0]) != np.arange(count)).any():
+            raise ArchitectureError(f"GGUF tensor '{name}' is arranged otherwise than by rows")
+        return np.argsort(order[:, 0])
+
+    def offset(self, name: str, shape: tuple[int, ...]) -> int:
+        """Return what a tensor of the model is more than the file's, in every element."""
+        return int(self.read(name, np.zeros(shape, np.int64)).flat[0])
+
+
 class GGUFSource:
     """A GGUF file: quantized tensors dequantized to float32, names and layouts brought back to Hugging Face's."""
 
     def __init__(self, path: Path, model: Any, reader: Any):
         """Map the file's tensors to the state dict of `model` (a transformers model on the meta device)."""
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
-
         self._path = path
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         architecture = reader.fields["general.architecture"].contents()
-        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-        names = _gguf_names(architecture, model)
+        self._layout = GGUFLayout(architecture, model)
+        names = self._layout.names
         unknown = sorted(set(self._tensors) - set(names))
         if unknown:
             raise ModelError(
@@ -175,8 +212,7 @@ class GGUFSource:
         import gguf
 
         tensor = self._tensors[self._gguf_names[name]]
-        weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        weights = self._processor.process(weights=weights, name=tensor.name).weights
+        weights = self._layout.read(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         return torch.from_numpy(np.array(weights, dtype=np.float32))
 
     def storage_dtype(self) -> torch.dtype:
