@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import pipeline
 
 from fptq import numerics
 from fptq.checkpoint import Checkpoint, KVScales, seal
-from fptq.errors import CheckpointError, GenerationError
+from fptq.errors import CheckpointError, GenerationError, OutputError
 from fptq.evaluate.fidelity import ScoredModel
 from fptq.integrations.torch_ops import shared_kernels
 from fptq.integrations.transformers import (
@@ -240,3 +241,93 @@ def test_record_without_a_layer_is_refused(llama: Path, tmp_path: Path) -> None:
     (folder / "fptq.json").write_text(json.dumps(seal(record)))
     with pytest.raises(CheckpointError, match="disagree about layer"):
         load(folder)
+
+
+# ---- what is built on generate
+
+
+def tokens_of(model: torch.nn.Module, ids: torch.Tensor, **options: object) -> list[int]:
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, **options}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-sliding", "gemma3"])
+def test_generate_makes_an_int8_cache_of_every_kind(variant: str, tmp_path: Path) -> None:
+    model, _ = load(checkpoint_of(tmp_path, variant, spread=0.5))
+    ids = token_ids(1, 12)
+    wanted = tokens_of(model, ids, past_key_values=new_cache(model))
+    result = model.generate(ids, max_new_tokens=16, min_new_tokens=16, do_sample=False, return_dict_in_generate=True)
+    assert result.sequences[0].tolist() == wanted
+    assert {layer.keys.dtype for layer in result.past_key_values.layers} == {torch.int8}
+    assert tokens_of(model, ids, cache_implementation="static") == wanted
+    assert tokens_of(model, ids, cache_implementation="static") == wanted  # transformers keeps a static cache
+    assert tokens_of(model, ids, past_key_values=new_cache(model, max_length=32)) == wanted
+    assert tokens_of(model, ids, assistant_model=model) == wanted
+    assert tokens_of(model, ids, prompt_lookup_num_tokens=3) == wanted
+    assert tokens_of(model, ids, num_beams=1, use_cache=False) != []
+
+
+def test_a_float_cache_is_there_for_who_wants_it(llama: Path) -> None:
+    model, _ = load(llama, float_cache=True)
+    assert new_cache(model) is None
+    result = model.generate(token_ids(1, 5), max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    assert result.past_key_values.layers[0].keys.dtype is torch.float32
+
+
+def test_a_pipeline_writes_the_same(llama: Path) -> None:
+    model, tokenizer = load(llama)
+    writer = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    text = writer("w3 w4 w5", max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert text.split() == generate(model, tokenizer, "w3 w4 w5", max_new_tokens=8).split()
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma3"])
+def test_compiled_with_a_static_int8_cache(variant: str, tmp_path: Path) -> None:
+    model, _ = load(checkpoint_of(tmp_path, variant, spread=0.5))
+    ids = token_ids(1, 12)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    caches = [new_cache(model, max_length=32), new_cache(model, max_length=32)]
+    with torch.no_grad():
+        for part in (ids[:, :9], ids[:, 9:10], ids[:, 10:11]):
+            wanted = model(part, past_key_values=caches[0]).logits
+            got = compiled(part, past_key_values=caches[1]).logits
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+    assert caches[1].layers[0].keys.dtype is torch.int8
+
+
+def test_scales_stay_float32_in_a_bfloat16_model(llama: Path) -> None:
+    model, _ = load(llama, dtype=torch.bfloat16)
+    cast = load(llama)[0].to(torch.bfloat16)
+    exact = load(llama)[0]
+    for name in Checkpoint.open(llama).schemes:
+        wanted = exact.get_submodule(name)
+        for layer in (model.get_submodule(name), cast.get_submodule(name)):
+            assert torch.equal(layer.packed, wanted.packed)
+            assert torch.equal(layer.bias, wanted.bias)
+            assert layer.input_scale == wanted.input_scale
+            x = torch.randn(3, layer.in_features).bfloat16()
+            assert torch.equal(layer(x), wanted(x.float()).bfloat16())
+    assert model.model.norm.weight.dtype is torch.bfloat16
+    with torch.no_grad():
+        wanted, got = exact(token_ids()).logits, model(token_ids()).logits
+    assert got.dtype is torch.bfloat16
+    assert float((got - wanted).abs().median()) < 0.05 * float(wanted.abs().max())
+    assert tokens_of(model, token_ids(1, 4))
+
+
+def test_memory_is_that_of_int4(llama: Path) -> None:
+    model, _ = load(llama)
+    layers = [module for module in model.modules() if isinstance(module, W4A8Linear)]
+    stored = sum(layer.packed.nbytes for layer in layers)
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    assert 8 * stored / weights < 6  # groups of 32, and rows padded to the kernel's tile
+    assert not any(isinstance(module, torch.nn.Linear) for module in model.model.modules())
+
+
+def test_what_a_loaded_model_cant_do_is_said(llama: Path, tmp_path: Path) -> None:
+    model, _ = load(llama)
+    with pytest.raises(OutputError, match="copy its folder"):
+        model.save_pretrained(tmp_path / "copy")
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=r"W4A8Linear\(.*\) is not supported"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))

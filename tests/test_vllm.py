@@ -81,7 +81,7 @@ def run(
 
 
 def expected(folder: Path, ids: list[list[int]]) -> list[list[int]]:
-    model, _ = load(folder)
+    model, _ = load(folder, float_cache=True)
     answers = []
     for prompt in ids:
         with torch.no_grad():

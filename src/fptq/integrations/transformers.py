@@ -1,9 +1,10 @@
 """A quantized checkpoint as a transformers model: W4A8 linears on native kernels, and an int8 KV cache.
 
     model, tokenizer = load("SmolLM2-135M-W4A8")
-    model.generate(**tokenizer("Once", return_tensors="pt"), past_key_values=new_cache(model))
+    model.generate(**tokenizer("Once", return_tensors="pt"))
 
-Every product is computed from the very codes and scales of the file. The rest of the model runs in float32.
+Every product is computed from the very codes and scales of the file; the rest of the model runs in float32, or in
+another dtype. What is built on `generate` works, pipelines and assisted generation too, as does torch.compile.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, Cache, GenerationConfig, TextStreamer
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from fptq import numerics
 from fptq.checkpoint import Checkpoint, KVScales, QuantizedLinear
-from fptq.errors import CheckpointError, GenerationError
+from fptq.errors import CheckpointError, GenerationError, OutputError
 from fptq.integrations.torch_ops import linear as torch_linear
 from fptq.integrations.torch_ops import shared_kernels
 from fptq.models.architectures import attention_name, get_architecture
@@ -45,6 +52,8 @@ class W4A8Linear(nn.Module):
     dequantized weight.
     """
 
+    bias: torch.Tensor | None
+
     def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None, *, simulate: bool = False):
         super().__init__()
         self.out_features, self.in_features = linear.codes.shape
@@ -63,8 +72,10 @@ class W4A8Linear(nn.Module):
         self._weight: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output [..., out_features] for x [..., in_features], in float32."""
-        x = x.float()
+        """Return the output [..., out_features] for x [..., in_features], in x's dtype; it is computed in float32."""
+        return self._linear(x.float()).to(x.dtype)
+
+    def _linear(self, x: torch.Tensor) -> torch.Tensor:
         if self.kernel == SIMULATED:
             simulated = simulated_input(x, replace(self._simulated, activation=self.activation))
             return functional.linear(simulated, self._dequantized(), self.bias)
@@ -74,6 +85,14 @@ class W4A8Linear(nn.Module):
             return y.reshape(*x.shape[:-1], self.out_features)
         scale = self.input_scale if self.activation is Activation.STATIC else None
         return torch_linear(x, self.packed, self.out_features, self.group_size, self.bits, scale, self.bias)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> W4A8Linear:
+        """Move the layer, but leave the bias in float32, like the scales, if the model is cast."""
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if bias is not None:
+            self.bias = bias.to(self.packed.device)
+        return self
 
     @property
     def kernel(self) -> str:
@@ -130,7 +149,7 @@ class _Int8Layer:
 
 
 class Int8CacheLayer(_Int8Layer, DynamicLayer):
-    """An int8 KV cache layer with static scales."""
+    """An int8 KV cache layer with static scales, which grows."""
 
     def __init__(self, scales: KVScales):
         super().__init__()
@@ -145,8 +164,29 @@ class Int8SlidingCacheLayer(_Int8Layer, DynamicSlidingWindowLayer):
         self.scales = scales
 
 
-def new_cache(model: nn.Module) -> Cache | None:
-    """Return an empty int8 KV cache for a model from `load`, or None where the checkpoint keeps the cache in float."""
+class Int8StaticCacheLayer(_Int8Layer, StaticLayer):
+    """An int8 KV cache layer with static scales and memory for `max_cache_len` tokens, for torch.compile."""
+
+    def __init__(self, scales: KVScales, max_cache_len: int):
+        super().__init__(max_cache_len=max_cache_len)
+        self.scales = scales
+
+
+class Int8StaticSlidingCacheLayer(_Int8Layer, StaticSlidingWindowLayer):
+    """An int8 KV cache layer with static scales and memory for a sliding window, for torch.compile."""
+
+    def __init__(self, scales: KVScales, max_cache_len: int, sliding_window: int):
+        super().__init__(max_cache_len=max_cache_len, sliding_window=sliding_window)
+        self.scales = scales
+
+
+def new_cache(model: nn.Module, max_length: int | None = None) -> Cache | None:
+    """Return an empty int8 KV cache for a model from `load`, or None where the cache stays in float.
+
+    Args:
+        model: the model.
+        max_length: tokens that it has memory for from the start, which torch.compile needs; None lets it grow.
+    """
     scales: list[KVScales] = model.fptq_cache_scales
     if not scales:
         return None
@@ -155,12 +195,54 @@ def new_cache(model: nn.Module) -> Cache | None:
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kinds = ["sliding_attention" if window else "full_attention"] * len(scales)
-    return Cache(
-        layers=[
-            Int8SlidingCacheLayer(s, window) if kind == "sliding_attention" and window else Int8CacheLayer(s)
-            for s, kind in zip(scales, kinds, strict=True)
+    windows = [window if kind == "sliding_attention" else None for kind in kinds]
+    if max_length is None:
+        layers = [Int8SlidingCacheLayer(s, w) if w else Int8CacheLayer(s) for s, w in zip(scales, windows, strict=True)]
+    else:
+        layers = [
+            Int8StaticSlidingCacheLayer(s, max_length, w) if w else Int8StaticCacheLayer(s, max_length)
+            for s, w in zip(scales, windows, strict=True)
         ]
-    )
+    return Cache(layers=layers)
+
+
+def _int8_layer(layer: CacheLayerMixin, scales: KVScales) -> CacheLayerMixin:
+    """Return the int8 form of an empty cache layer; of a kind that somebody asked for by name, the layer itself."""
+    if type(layer) is DynamicLayer:
+        return Int8CacheLayer(scales)
+    if type(layer) is DynamicSlidingWindowLayer:
+        sliding = Int8SlidingCacheLayer(scales, layer.sliding_window)
+        sliding.record_past = layer.record_past
+        return sliding
+    if type(layer) is StaticLayer:
+        return Int8StaticCacheLayer(scales, layer.max_cache_len)
+    if type(layer) is StaticSlidingWindowLayer:
+        return Int8StaticSlidingCacheLayer(scales, layer.max_cache_len, layer.max_cache_len)
+    return layer
+
+
+class _QuantizedModel:
+    """What a model from `load` does otherwise than transformers' class, into which it is mixed."""
+
+    fptq_cache_scales: list[KVScales]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Make the cache that `generate` runs with, in int8, unless the caller brought one."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if given is None and cache is not None and self.fptq_cache_scales:
+            cache.layers = [_int8_layer(*pair) for pair in zip(cache.layers, self.fptq_cache_scales, strict=True)]
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refuse: what is in memory is packed for this CPU.
+
+        Raises:
+            OutputError: always.
+        """
+        raise OutputError("a loaded checkpoint can't be saved again: copy its folder, or use `fptq export`")
 
 
 def crop_cache(cache: Cache, length: int) -> bool:
@@ -174,13 +256,19 @@ def crop_cache(cache: Cache, length: int) -> bool:
     return True
 
 
-def load(folder: str | Path, *, simulate: bool = False) -> tuple[nn.Module, Any]:
+def load(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, float_cache: bool = False, simulate: bool = False
+) -> tuple[nn.Module, Any]:
     """Return the checkpoint in `folder` as a transformers model and its tokenizer (None if it has none).
 
-    Pass `past_key_values=new_cache(model)` to run with the int8 KV cache.
+    `generate` runs it with the int8 KV cache of the checkpoint. A forward pass by itself has no cache; give it
+    `past_key_values=new_cache(model)` to have its keys and values rounded, too.
 
     Args:
         folder: a checkpoint folder.
+        dtype: of everything but the quantized layers, which have their scales in float32 and compute in it. bfloat16
+            rounds equalized norms, which costs Gemma models accuracy.
+        float_cache: keep keys and values in float.
         simulate: compute every quantized layer in float32, on dequantized weights and inputs: the same up to rounding,
             and faster where the CPU has no fast int8 instructions.
 
@@ -206,19 +294,23 @@ def load(folder: str | Path, *, simulate: bool = False) -> tuple[nn.Module, Any]
     for name in checkpoint.schemes:
         linear, layer = checkpoint.read_linear(name), model.get_submodule(name)
         if isinstance(layer, nn.Embedding):
-            tensors[f"{name}.weight"] = torch.from_numpy(linear.codes).float().mul_(torch.from_numpy(linear.scales))
+            tensors[f"{name}.weight"] = (
+                torch.from_numpy(linear.codes).float().mul_(torch.from_numpy(linear.scales)).to(dtype)
+            )
             continue
         parent, _, child = name.rpartition(".")
         bias = _float_tensor(checkpoint, f"{name}.bias") if layer.bias is not None else None
         setattr(model.get_submodule(parent), child, W4A8Linear(linear, bias, simulate=simulate))
     ours = {f"{name}.bias" for name in checkpoint.schemes}
-    tensors |= {n: _float_tensor(checkpoint, n) for n in checkpoint.float_tensors() if n not in ours}
+    tensors |= {n: _float_tensor(checkpoint, n).to(dtype) for n in checkpoint.float_tensors() if n not in ours}
     model.load_state_dict(tensors, strict=False, assign=True)
     if not checkpoint.tied_head:  # an int8 head has the codes, not the embedding's floats
         model.tie_weights()
     model.requires_grad_(False)
     cache = checkpoint.cache_scales()
-    model.fptq_cache_scales = [cache[name] for name in attention] if cache else []
+    model.fptq_cache_scales = [cache[name] for name in attention] if cache and not float_cache else []
+    model.config.dtype = dtype
+    model.__class__ = type(type(model).__name__, (_QuantizedModel, type(model)), {})
     if generation is not None:
         model.generation_config = generation
     return model.eval(), load_tokenizer(checkpoint.folder)
