@@ -17,20 +17,35 @@ from fptq.report.engines import engine_verdicts
 from fptq.runtime.engine import Engine
 from tiny import save_tiny
 
-NATIVE, LOAD, STOCK, PLUGIN, VLLM = range(5)
+NATIVE, LOAD, STOCK, PLUGIN, VLLM, LLAMA = range(6)
 CASES = {
-    "fptq": ("fptq", "llama", {}, ("runs", "runs", "in float", "runs", "refuses static")),
-    "dynamic": ("rtn-w4a8", "llama", {}, ("runs", "runs", "in float", "runs", "refuses the int8 KV cache")),
-    "head": ("fptq", "llama", {"lm_head": "int8"}, ("runs", "runs", "in float", "refuses", "can't load")),
+    "fptq": ("fptq", "llama", {}, ("runs", "runs", "in float", "runs", "refuses static", "export DIR")),
+    "dynamic": (
+        "rtn-w4a8",
+        "llama",
+        {},
+        ("runs", "runs", "in float", "runs", "refuses the int8 KV cache", "export DIR"),
+    ),
+    "head": ("fptq", "llama", {"lm_head": "int8"}, ("runs", "runs", "in float", "refuses", "can't load", "export DIR")),
     "weights": (
         "rtn-w4a16",
         "llama",
         {},
-        ("refuses", "all layers in float", "in float", "refuses", "runs it as W4A16"),
+        ("refuses", "all layers in float", "in float", "refuses", "runs it as W4A16", "export DIR"),
     ),
-    "rows": ("rtn-w8a8", "llama", {"group_size": 0}, ("runs", "runs", "in float", "refuses", "can't load")),
-    "simulated": ("llm-int8", "llama", {}, ("refuses", "in float", "can't load", "refuses", "can't load")),
-    "neox": ("fptq", "gpt_neox", {}, ("refuses", "runs", "in float", "runs", "refuses static")),
+    "rows": (
+        "rtn-w8a8",
+        "llama",
+        {"group_size": 0},
+        ("runs", "runs", "in float", "refuses", "can't load", "export DIR"),
+    ),
+    "simulated": (
+        "llm-int8",
+        "llama",
+        {},
+        ("refuses", "in float", "can't load", "refuses", "can't load", "is simulated"),
+    ),
+    "neox": ("fptq", "gpt_neox", {}, ("refuses", "runs", "in float", "runs", "refuses static", "there is no export")),
 }
 
 

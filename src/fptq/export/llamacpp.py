@@ -23,13 +23,13 @@ import fptq
 from fptq.checkpoint import Checkpoint
 from fptq.errors import CheckpointError, ModelError, OutputError
 from fptq.export.standard import copy_companions
+from fptq.export.targets import GGUF_BLOCK as BLOCK
+from fptq.export.targets import gguf_refusal
 from fptq.models.loading import checkpoint_skeleton, load_tokenizer
 from fptq.models.sources import GGUFLayout, locate, open_gguf
 from fptq.progress import progress_bar
 from fptq.shards import write_json
 
-BLOCK = 32
-"""Weights that share a scale in Q4_0 and Q8_0."""
 _SAME = {
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
@@ -75,6 +75,9 @@ def export_gguf(checkpoint: Checkpoint, output: Path, metadata: str, *, progress
         ModelError: `metadata` can't be read, or describes another model.
         OutputError: `output` can't be written.
     """
+    refusal = gguf_refusal(checkpoint)
+    if refusal:
+        raise CheckpointError(f"{checkpoint.folder}: {refusal}")
     with tempfile.TemporaryDirectory() as scratch:
         if metadata.endswith(".py"):
             metadata = str(_convert(checkpoint, Path(metadata).expanduser(), Path(scratch)))
@@ -191,8 +194,6 @@ def _is_tied_head(checkpoint: Checkpoint, name: str) -> bool:
 def _linear(checkpoint: Checkpoint, layer: str, name: str, layout: GGUFLayout) -> _Tensor:
     scheme, shape = checkpoint.schemes[layer], checkpoint.shape(layer)
     size = scheme.group_size or shape[1]
-    if size % BLOCK:
-        raise CheckpointError(f"{checkpoint.folder}: {layer} has groups of {size}, needed a multiple of {BLOCK}")
 
     def content() -> np.ndarray:
         linear = checkpoint.read_linear(layer)

@@ -49,6 +49,28 @@ TARGETS = {
 """What `export` can make."""
 
 
+GGUF_BLOCK = 32
+"""Weights that share a scale in Q4_0 and Q8_0."""
+
+
+GGUF_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+"""Model types whose exported files were compared with llama.cpp: others may be arranged in ways that we don't know."""
+
+
+def gguf_refusal(checkpoint: Checkpoint) -> str | None:
+    """Return why a checkpoint can't be a GGUF file, or None."""
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in GGUF_MODELS:
+        return f"{model_type} models aren't among those that can be GGUF files ({', '.join(GGUF_MODELS)})"
+    if checkpoint.simulated:
+        return "its scheme is simulated, no engine runs it"
+    for name, scheme in checkpoint.schemes.items():
+        size = scheme.group_size or checkpoint.shape(name)[1]
+        if size % GGUF_BLOCK:
+            return f"{name} has groups of {size}, needed a multiple of {GGUF_BLOCK}"
+    return None
+
+
 def export(checkpoint: Checkpoint, output: Path, target: str, *, metadata: str | None = None) -> Path:
     """Write `checkpoint` in the form `target` of TARGETS and return the new folder or file.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fptq.checkpoint import PRODUCER, Checkpoint
 from fptq.errors import FPTQError
+from fptq.export import gguf_refusal
 from fptq.integrations.vllm.support import refusal
 from fptq.recipe import Activation
 from fptq.runtime.kernels import Kernels
@@ -19,6 +20,7 @@ def engine_verdicts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("transformers, stock", _stock_transformers(checkpoint)),
         ("vLLM on a CPU, fptq's plugin", _plugin(checkpoint, kernel)),
         ("vLLM, stock", _stock_vllm(checkpoint)),
+        ("llama.cpp", _llama_cpp(checkpoint)),
     ]
 
 
@@ -65,4 +67,11 @@ def _stock_vllm(checkpoint: Checkpoint) -> str:
         return f"refuses the int8 KV cache; {export}"
     if schemes and all(scheme.activation is Activation.NONE for scheme in schemes):
         return "runs it as W4A16"
-    return "loads it; int8 arithmetic only where it has a kernel (docs/vllm.md), elsewhere W4A16 without a word"
+    return "loads it; int8 arithmetic only where it has a kernel (docs/exports.md), elsewhere W4A16 without a word"
+
+
+def _llama_cpp(checkpoint: Checkpoint) -> str:
+    refused = gguf_refusal(checkpoint)
+    if refused:
+        return f"can't read it, and there is no export: {refused}"
+    return "can't read it; fptq export DIR --to gguf makes a file that it runs, on CPUs with int8 arithmetic"
