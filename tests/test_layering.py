@@ -17,6 +17,7 @@ RANKS = [
     {"quantize", "integrations", "export"},
     {"evaluate"},
     {"report"},
+    {"publish"},
     {"cli"},
 ]
 """A module may import what stands in an earlier set, and its own package; not its neighbours in the same set."""

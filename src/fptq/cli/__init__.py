@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import fptq
 from fptq.cli.evaluating import add_compare, add_evaluate, add_sweep
-from fptq.cli.exporting import add_export
+from fptq.cli.exporting import add_export, add_push
 from fptq.cli.quantizing import add_inspect, add_quantize
 from fptq.cli.reporting import add_report
 from fptq.cli.running import add_bench, add_chat, add_doctor, add_generate
@@ -61,6 +61,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add_chat(commands)
     add_bench(commands)
     add_export(commands)
+    add_push(commands)
     add_doctor(commands)
     return parser
 
