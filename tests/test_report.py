@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fptq.checkpoint import HISTOGRAM_BINS, RECORD_FILE, STATISTICS_FILE, Checkpoint, seal
-from fptq.cli import _build_parser, main
+from fptq.cli import build_parser, main
 from fptq.cli.common import recipe_of
 from fptq.errors import CheckpointError, ReportError
 from fptq.models.loading import FloatModel
@@ -235,7 +235,7 @@ def test_16_bits_are_those_of_the_float_model(variant: str, tmp_path: Path) -> N
 def test_the_command_makes_the_same_recipe(folder: Path) -> None:
     subject = Subject.open(folder)
     words = subject.command().replace("'", "").split()
-    options = _build_parser().parse_args(words[1:])
+    options = build_parser().parse_args(words[1:])
     assert recipe_of(options) == Recipe.from_dict(subject.checkpoint.record["recipe"])
     assert (options.samples, options.length, options.calibration) == (4, 32, "random")
 
