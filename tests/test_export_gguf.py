@@ -155,6 +155,12 @@ def test_metadata_of_another_model_is_refused(changes: dict[str, Any], words: st
     assert not list(tmp_path.glob("out*"))
 
 
+def test_metadata_of_another_architecture_are_refused(made: Path, tmp_path: Path) -> None:
+    other = write_metadata(tmp_path / "other.gguf", made, "qwen2")
+    with pytest.raises(ModelError, match="its architecture is qwen2, needed llama"):
+        export(Checkpoint.open(made), tmp_path / "out.gguf", "gguf", metadata=str(other))
+
+
 def test_what_a_gguf_cant_say_is_refused(made: Path, metadata: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="needs --metadata"):
         export(Checkpoint.open(made), tmp_path / "out.gguf", "gguf")

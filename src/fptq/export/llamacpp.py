@@ -24,7 +24,7 @@ from fptq.checkpoint import Checkpoint
 from fptq.errors import CheckpointError, ModelError, OutputError
 from fptq.export.standard import copy_companions
 from fptq.export.targets import GGUF_BLOCK as BLOCK
-from fptq.export.targets import gguf_refusal
+from fptq.export.targets import GGUF_MODELS, gguf_refusal
 from fptq.models.loading import checkpoint_skeleton, load_tokenizer
 from fptq.models.sources import GGUFLayout, locate, open_gguf
 from fptq.progress import progress_bar
@@ -95,7 +95,7 @@ def _convert(checkpoint: Checkpoint, script: Path, scratch: Path) -> Path:
     """
     if not script.is_file():
         raise ModelError(f"{script}: no such file; it is convert_hf_to_gguf.py in llama.cpp's source")
-    folder, result = scratch / checkpoint.folder.name, scratch / "metadata.gguf"
+    folder, result = scratch / checkpoint.folder.resolve().name, scratch / "metadata.gguf"
     folder.mkdir()
     copy_companions(checkpoint, folder)
     write_json(folder / "config.json", {k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
@@ -148,6 +148,9 @@ def _write(checkpoint: Checkpoint, output: Path, path: Path, reader: Any, progre
 
 def _require_same_model(checkpoint: Checkpoint, path: Path, architecture: str, fields: dict[str, Any]) -> None:
     """Raise ModelError unless a GGUF file describes the checkpoint's model."""
+    wanted = GGUF_MODELS[checkpoint.config["model_type"]]
+    if architecture != wanted:
+        raise ModelError(f"{path}: is of another model: its architecture is {architecture}, needed {wanted}")
     for key, ours in _SAME.items():
         field, value = fields.get(f"{architecture}.{key}"), checkpoint.config.get(ours)
         if field is not None and value is not None and field.contents() != value:

@@ -53,8 +53,19 @@ GGUF_BLOCK = 32
 """Weights that share a scale in Q4_0 and Q8_0."""
 
 
-GGUF_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
-"""Model types whose exported files were compared with llama.cpp: others may be arranged in ways that we don't know."""
+GGUF_MODELS = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+}
+"""Model types whose exported files were compared with llama.cpp, to its names of their architectures.
+
+Others may be arranged in ways that we don't know.
+"""
 
 
 def gguf_refusal(checkpoint: Checkpoint) -> str | None:
