@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import pipeline
+from transformers import DynamicCache, pipeline
 
 from fptq import numerics
 from fptq.checkpoint import Checkpoint, KVScales, seal
@@ -264,7 +264,9 @@ def test_generate_makes_an_int8_cache_of_every_kind(variant: str, tmp_path: Path
     assert tokens_of(model, ids, past_key_values=new_cache(model, max_length=32)) == wanted
     assert tokens_of(model, ids, assistant_model=model) == wanted
     assert tokens_of(model, ids, prompt_lookup_num_tokens=3) == wanted
-    assert tokens_of(model, ids, num_beams=1, use_cache=False) != []
+    plain = DynamicCache()  # it has no layers yet
+    tokens_of(model, ids, past_key_values=plain)
+    assert {layer.keys.dtype for layer in plain.layers} == {torch.int8}
 
 
 def test_a_float_cache_is_there_for_who_wants_it(llama: Path) -> None:

@@ -207,7 +207,7 @@ def new_cache(model: nn.Module, max_length: int | None = None) -> Cache | None:
 
 
 def _int8_layer(layer: CacheLayerMixin, scales: KVScales) -> CacheLayerMixin:
-    """Return the int8 form of an empty cache layer; of a kind that somebody asked for by name, the layer itself."""
+    """Return the int8 form of a cache layer; of a kind that somebody asked for by name, the layer itself."""
     if type(layer) is DynamicLayer:
         return Int8CacheLayer(scales)
     if type(layer) is DynamicSlidingWindowLayer:
@@ -221,28 +221,20 @@ def _int8_layer(layer: CacheLayerMixin, scales: KVScales) -> CacheLayerMixin:
     return layer
 
 
-class _QuantizedModel:
-    """What a model from `load` does otherwise than transformers' class, into which it is mixed."""
+def _quantize_empty_cache(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+    """Make a cache that has no tokens yet an int8 one, before a forward pass: `generate` makes its own, in float."""
+    cache = kwargs.get("past_key_values", kwargs.get("cache"))  # it was renamed in transformers 5.24
+    if cache is None or any(isinstance(layer, _Int8Layer) for layer in cache.layers) or cache.get_seq_length() != 0:
+        return
+    ours = new_cache(model)
+    if not cache.layers and ours is not None:  # it would add one for each block
+        cache.layers = ours.layers
+    cache.layers = [_int8_layer(*pair) for pair in zip(cache.layers, model.fptq_cache_scales, strict=True)]
 
-    fptq_cache_scales: list[KVScales]
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Make the cache that `generate` runs with, in int8, unless the caller brought one."""
-        given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        cache = model_kwargs.get("past_key_values")
-        if given is None and cache is not None and self.fptq_cache_scales:
-            cache.layers = [_int8_layer(*pair) for pair in zip(cache.layers, self.fptq_cache_scales, strict=True)]
-
-    def save_pretrained(self, *_: Any, **__: Any) -> None:
-        """Refuse: what is in memory is packed for this CPU.
-
-        Raises:
-            OutputError: always.
-        """
-        raise OutputError("a loaded checkpoint can't be saved again: copy its folder, or use `fptq export`")
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    """Stand in for `save_pretrained`: what is in memory is packed for this CPU."""
+    raise OutputError("a loaded checkpoint can't be saved again: copy its folder, or use `fptq export`")
 
 
 def crop_cache(cache: Cache, length: int) -> bool:
@@ -261,8 +253,8 @@ def load(
 ) -> tuple[nn.Module, Any]:
     """Return the checkpoint in `folder` as a transformers model and its tokenizer (None if it has none).
 
-    `generate` runs it with the int8 KV cache of the checkpoint. A forward pass by itself has no cache; give it
-    `past_key_values=new_cache(model)` to have its keys and values rounded, too.
+    `generate` runs it with the int8 KV cache of the checkpoint. A forward pass without a cache rounds no keys and
+    values; give it `past_key_values=new_cache(model)`.
 
     Args:
         folder: a checkpoint folder.
@@ -310,7 +302,9 @@ def load(
     cache = checkpoint.cache_scales()
     model.fptq_cache_scales = [cache[name] for name in attention] if cache and not float_cache else []
     model.config.dtype = dtype
-    model.__class__ = type(type(model).__name__, (_QuantizedModel, type(model)), {})
+    if model.fptq_cache_scales:
+        model.register_forward_pre_hook(_quantize_empty_cache, with_kwargs=True)
+    model.save_pretrained = _refuse_saving
     if generation is not None:
         model.generation_config = generation
     return model.eval(), load_tokenizer(checkpoint.folder)
