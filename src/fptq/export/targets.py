@@ -48,10 +48,8 @@ TARGETS = {
 }
 """What `export` can make."""
 
-
 GGUF_BLOCK = 32
 """Weights that share a scale in Q4_0 and Q8_0."""
-
 
 GGUF_MODELS = {
     "llama": "llama",
@@ -64,7 +62,7 @@ GGUF_MODELS = {
 }
 """Model types whose exported files were compared with llama.cpp, to its names of their architectures.
 
-Others may be arranged in ways that we don't know.
+Mistral is a Llama there, so its sliding window gets lost. Other types may be arranged in ways that we don't know.
 """
 
 
