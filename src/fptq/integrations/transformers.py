@@ -223,7 +223,9 @@ def _int8_layer(layer: CacheLayerMixin, scales: KVScales) -> CacheLayerMixin:
 
 def _quantize_empty_cache(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
     """Make a cache that has no tokens yet an int8 one, before a forward pass: `generate` makes its own, in float."""
-    cache = kwargs.get("past_key_values", kwargs.get("cache"))  # it was renamed in transformers 5.24
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        cache = kwargs.get("cache")  # its name since transformers 5.24
     if cache is None or any(isinstance(layer, _Int8Layer) for layer in cache.layers) or cache.get_seq_length() != 0:
         return
     ours = new_cache(model)
@@ -286,9 +288,8 @@ def load(
     for name in checkpoint.schemes:
         linear, layer = checkpoint.read_linear(name), model.get_submodule(name)
         if isinstance(layer, nn.Embedding):
-            tensors[f"{name}.weight"] = (
-                torch.from_numpy(linear.codes).float().mul_(torch.from_numpy(linear.scales)).to(dtype)
-            )
+            weight = torch.from_numpy(linear.codes).float().mul_(torch.from_numpy(linear.scales))
+            tensors[f"{name}.weight"] = weight.to(dtype)
             continue
         parent, _, child = name.rpartition(".")
         bias = _float_tensor(checkpoint, f"{name}.bias") if layer.bias is not None else None
