@@ -48,12 +48,17 @@ def open_scored(model: str, dtype: torch.dtype) -> Scored:
 
 def score_windows_kept(model: Scored, windows: torch.Tensor, store: Path | None) -> list[float]:
     """Return each window's loss, in nats a token; those in the file `store` aren't computed again."""
-    losses: list[float] = json.loads(store.read_text()) if store is not None and store.exists() else []
+    kept = {"model": model.identity, "losses": []}
+    if store is not None and store.exists():
+        kept = json.loads(store.read_text())
+        if kept["model"] != model.identity:
+            raise SystemExit(f"{store}: has the losses of {kept['model']}, not of {model.identity}")
+    losses: list[float] = kept["losses"]
     if len(losses) < len(windows):
         for loss in window_losses(model, windows[len(losses) :]):
             losses.append(loss)
             if store is not None:
-                store.write_text(json.dumps(losses))
+                store.write_text(json.dumps(kept))
     return losses[: len(windows)]
 
 

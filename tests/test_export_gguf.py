@@ -123,7 +123,7 @@ def test_codes_are_the_same_to_the_bit(variant: str, architecture: str, head: st
 
 def test_llamas_rows_are_where_llama_cpp_wants_them(made: Path) -> None:
     """Its rotary positions turn neighbouring rows, transformers' turn those half a head apart."""
-    rows = GGUFLayout("llama", checkpoint_skeleton(made)).rows("blk.0.attn_q.weight", (64, 64))
+    rows = GGUFLayout("llama", checkpoint_skeleton(made)).rows("blk.0.attn_q.weight", 64)
     assert rows[:6].tolist() == [0, 8, 1, 9, 2, 10]
     assert rows[16:18].tolist() == [16, 24]
 

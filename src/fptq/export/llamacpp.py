@@ -200,7 +200,7 @@ def _linear(checkpoint: Checkpoint, layer: str, name: str, layout: GGUFLayout) -
 
     def content() -> np.ndarray:
         linear = checkpoint.read_linear(layer)
-        order = layout.rows(name, shape)
+        order = layout.rows(name, shape[0])
         scales = linear.scales[order].repeat(size // BLOCK, axis=1)
         steps = scales.astype(np.float16)
         if not np.abs(steps - scales).max() <= np.abs(scales).max() / 2048:  # half a unit of float16's last place
@@ -235,10 +235,10 @@ def _float(checkpoint: Checkpoint, full: str, name: str, layout: GGUFLayout) -> 
     kind = kinds[entry.dtype.name] if len(entry.shape) > 1 else "F32"
 
     def content() -> np.ndarray:
-        values = checkpoint.read(full)[layout.rows(name, entry.shape)]
+        values = checkpoint.read(full)[layout.rows(name, entry.shape[0])]
         if kind != "F32":
             return values
-        offset = layout.offset(name, entry.shape)
+        offset = layout.offset(name, entry.shape[0])
         return values.astype(np.float32) - np.float32(offset)
 
     return _Tensor(name, kind, entry.shape, content)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -171,18 +170,19 @@ class GGUFLayout:
         """Return a tensor of the file, as the model has it; `name` is the file's."""
         return self._processor.process(weights=values, name=name).weights
 
-    def rows(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return the model's row that each row of the file's tensor is, as indices [rows]."""
-        count = shape[0]
-        numbers = np.arange(count).repeat(math.prod(shape[1:])).reshape(shape)
-        order = (self.read(name, numbers) - self.offset(name, shape)).reshape(count, -1)
-        if (order != order[:, :1]).any() or (np.sort(order[:, 0]) != np.arange(count)).any():
-            raise ArchitectureError(f"GGUF tensor '{name}' is arranged otherwise than by rows")
-        return np.argsort(order[:, 0])
+    def rows(self, name: str, count: int) -> np.ndarray:
+        """Return the model's row that each of the `count` rows of the file's tensor is, as indices [count].
 
-    def offset(self, name: str, shape: tuple[int, ...]) -> int:
-        """Return what a tensor of the model is more than the file's, in every element."""
-        return int(self.read(name, np.zeros(shape, np.int64)).flat[0])
+        Of layouts that only move rows: BLOOM's, which needs a tensor's width, isn't one.
+        """
+        order = self.read(name, np.arange(count)) - self.offset(name, count)
+        if (np.sort(order) != np.arange(count)).any():
+            raise ArchitectureError(f"GGUF tensor '{name}' is arranged otherwise than by rows")
+        return np.argsort(order)
+
+    def offset(self, name: str, count: int) -> int:
+        """Return what a tensor of the model with `count` rows is more than the file's, in every element."""
+        return int(self.read(name, np.zeros(count, np.int64))[0])
 
 
 class GGUFSource:
