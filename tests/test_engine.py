@@ -323,7 +323,7 @@ def test_log_probabilities_are_those_of_the_logits(llama: Path) -> None:
         (lambda e: e.logits([1] * 257), EngineError, "257 tokens don't fit the context of 256"),
         (lambda e: e.generate([1], max_new_tokens=0), GenerationError, "max_new_tokens 0"),
         (lambda e: e.generate([1], log_probabilities=-1), GenerationError, "log_probabilities -1"),
-        (lambda e: e.generate_batch([[1]], concurrent=0), GenerationError, "concurrent 0"),
+        (lambda e: e.generate_batch([[1]], concurrent=0), GenerationError, "0 texts at a time"),
         (lambda e: e.generate("text"), GenerationError, "needed integers in a row"),
         (lambda e: e.generate([[1, 2]]), GenerationError, "needed integers in a row"),
         (lambda e: e.forward([(e.sequence(), [1, 2])], last=[3]), EngineError, "from 0 to its new tokens"),

@@ -25,7 +25,9 @@ from fptq.runtime.weights import BlockWeights, DecoderWeights, NormWeights, Proj
 Array = np.ndarray
 
 MAX_ROWS = 512
-"""Tokens that one step takes, of all its sequences together."""
+"""Tokens that one step can take, of all its sequences together."""
+PREFILL_ROWS = 256
+"""Tokens that it takes while prompts are read: enough to keep the arithmetic busy, few enough to stay in the caches."""
 
 
 @dataclass(frozen=True)

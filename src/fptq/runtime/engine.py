@@ -13,63 +13,28 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 
 from fptq.checkpoint import Checkpoint
 from fptq.errors import EngineError, GenerationError
 from fptq.runtime.blueprint import Blueprint, blueprint
-from fptq.runtime.decoder import MAX_ROWS, Decoder, Run, make_decoder
+from fptq.runtime.decoder import MAX_ROWS, PREFILL_ROWS, Decoder, Run, make_decoder
 from fptq.runtime.kernels import Kernels
 from fptq.runtime.kv_cache import PageCache, Sequence, whole_pages
-from fptq.runtime.sampling import Sampler, Sampling, log_probabilities, top_log_probabilities
-from fptq.runtime.stopping import StopStrings
-from fptq.runtime.tokenizer import TextStream, Tokenizer
+from fptq.runtime.sampling import Sampling
+from fptq.runtime.scheduler import MOST_PARALLEL, Scheduler
+from fptq.runtime.tokenizer import Tokenizer
 from fptq.runtime.weights import DecoderWeights, load_weights
+from fptq.runtime.writing import Completion, Piece, Text, TokenIds
 
 Array = np.ndarray
-TokenIds: TypeAlias = "Ids[int] | Array"
 
 DEFAULT_CONTEXT = 8192
 _ALL_ROWS = np.arange(MAX_ROWS)
-PREFILL_ROWS = 256
-"""Tokens of a prompt that one step takes: enough to keep the arithmetic busy, few enough to stay in the caches."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one step adds to a text.
-
-    Attributes:
-        token: its id.
-        text: what has become certain of the text; stop strings and special tokens are left out.
-        finish_reason: with the last piece "stop" (an end token or a stop string) or "length" (max_new_tokens, or the
-            context is full); else None.
-        log_probability: of the token, natural, before temperature and the like; None unless it was asked for.
-        alternatives: the likeliest tokens with theirs, likeliest first.
-    """
-
-    token: int
-    text: str
-    finish_reason: str | None = None
-    log_probability: float | None = None
-    alternatives: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished text: its tokens (an end token included), the text, why it ended, and the pieces it came in."""
-
-    tokens: tuple[int, ...]
-    text: str
-    finish_reason: str
-    pieces: tuple[Piece, ...]
 
 
 class Engine:
@@ -97,7 +62,13 @@ class Engine:
 
     @classmethod
     def open(
-        cls, folder: str | Path, *, threads: int | None = None, context: int | None = None, sequences: int = 1
+        cls,
+        folder: str | Path,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        sequences: int = 1,
+        cache_tokens: int | None = None,
     ) -> Engine:
         """Return an engine for the checkpoint in `folder`.
 
@@ -105,7 +76,8 @@ class Engine:
             folder: a checkpoint folder.
             threads: that work on a step; by default as many as there are CPUs for this process.
             context: tokens that a sequence may have; by default what the model was made for, up to DEFAULT_CONTEXT.
-            sequences: the cache has room for so many sequences of full length.
+            sequences: the cache has room for so many sequences of full length,
+            cache_tokens: or for so many tokens of all sequences together, at least a context.
 
         Raises:
             CheckpointError: the folder isn't a sound checkpoint.
@@ -123,8 +95,10 @@ class Engine:
                 f"context {context}, sequences {sequences}: needed at least 1, and a context of at most "
                 f"{plan.context or 'any length'}, which the model was made for"
             )
+        if cache_tokens is not None and cache_tokens < context:
+            raise EngineError(f"a cache of {cache_tokens} tokens: needed at least the context, {context}")
         weights = load_weights(checkpoint, plan, kernels, context)
-        cache = PageCache(plan, sequences * whole_pages(context))
+        cache = PageCache(plan, cache_tokens or sequences * whole_pages(context))
         give_back_memory()
         return cls(checkpoint.folder, plan, weights, cache, kernels, context)
 
@@ -252,8 +226,17 @@ class Engine:
                 option is out of range.
             EngineError: the cache is full, or the engine is closed.
         """
-        text = self._text(prompt, sampling, max_new_tokens, stop, stop_ids, log_probabilities, sequence)
-        return self._run(text, keep=sequence is not None)
+        text = self.text(
+            prompt,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            stop_ids=stop_ids,
+            log_probabilities=log_probabilities,
+        )
+        place = self.sequence() if sequence is None else sequence
+        text.begin(place)
+        return self._run(text, place, keep=sequence is not None)
 
     def generate_batch(
         self,
@@ -278,39 +261,39 @@ class Engine:
             log_probabilities: of each.
         """
         stop, stop_ids = list(stop), None if stop_ids is None else list(stop_ids)
-        waiting = deque(
-            self._text(prompt, sampling, max_new_tokens, stop, stop_ids, log_probabilities, None) for prompt in prompts
-        )
-        texts = list(waiting)
-        most = self.cache.tokens // whole_pages(self.context) if concurrent is None else concurrent
-        if most < 1:
-            raise GenerationError(f"concurrent {most}: needed at least 1")
-        running: list[_Text] = []
+        most = min(self.cache.tokens // whole_pages(self.context), MOST_PARALLEL)
+        scheduler = Scheduler(self, most if concurrent is None else concurrent)
+        texts = [
+            self.text(
+                prompt,
+                sampling=sampling,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                stop_ids=stop_ids,
+                log_probabilities=log_probabilities,
+            )
+            for prompt in prompts
+        ]
+        for text in texts:
+            scheduler.add(text)
         try:
-            while waiting or running:
-                while waiting and len(running) < most:
-                    running.append(waiting.popleft())
-                logits = self.forward([(text.sequence, text.pending) for text in running])
-                for text, row in zip(running, logits, strict=True):
-                    text.push(row)
-                    if text.pieces[-1].finish_reason:
-                        text.sequence.close()
-                running = [text for text in running if not text.pieces[-1].finish_reason]
+            while scheduler.busy:
+                scheduler.step()
         finally:
-            for text in texts:
-                text.sequence.close()
+            scheduler.close()
         return [text.completion() for text in texts]
 
-    def _text(
+    def text(
         self,
         prompt: TokenIds,
-        sampling: Sampling | None,
-        max_new_tokens: int | None,
-        stop: Iterable[str],
-        stop_ids: Iterable[int] | None,
-        log_probabilities: int | None,
-        sequence: Sequence | None,
-    ) -> _Text:
+        *,
+        sampling: Sampling | None = None,
+        max_new_tokens: int | None = None,
+        stop: Iterable[str] = (),
+        stop_ids: Iterable[int] | None = None,
+        log_probabilities: int | None = None,
+    ) -> Text:
+        """Return a text to be continued, for a scheduler to run; arguments and errors are those of `generate`."""
         ids = self._checked(prompt)
         if len(ids) >= self.context:
             raise GenerationError(
@@ -327,30 +310,15 @@ class Engine:
         if stop_ids is None:
             stop_ids = self.tokenizer.stop_ids if self.tokenizer else ()
         limit = min(max_new_tokens or self.context, self.context - len(ids))
-        sampler = Sampler(sampling or Sampling(), ids.tolist())
-        stream = TextStream(self.tokenizer) if self.tokenizer else None
-        place = self.sequence() if sequence is None else sequence
-        if place.length >= len(ids):
-            raise GenerationError(f"the sequence has {place.length} tokens, the prompt {len(ids)}: nothing new to run")
-        return _Text(
-            place,
-            ids[place.length :],
-            sampler,
-            stream,
-            StopStrings(stop),
-            frozenset(stop_ids),
-            limit,
-            log_probabilities,
-        )
+        return Text(ids, limit, sampling or Sampling(), self.tokenizer, stop, stop_ids, log_probabilities)
 
-    def _run(self, text: _Text, *, keep: bool) -> Iterator[Piece]:
+    def _run(self, text: Text, sequence: Sequence, *, keep: bool) -> Iterator[Piece]:
         try:
-            while not text.pieces or not text.pieces[-1].finish_reason:
-                text.push(self.forward([(text.sequence, text.pending)])[0])
-                yield text.pieces[-1]
+            while not text.finish_reason:
+                yield text.push(self.forward([(sequence, text.pending)])[0])
         finally:
             if not keep:
-                text.sequence.close()
+                sequence.close()
 
     def _checked(self, ids: TokenIds) -> Array:
         """Return token ids as int32, or raise GenerationError."""
@@ -397,52 +365,3 @@ def give_back_memory() -> None:
     """Return freed memory to the system, where the C library keeps it otherwise (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-class _Text:
-    """A text that is being written."""
-
-    def __init__(
-        self,
-        sequence: Sequence,
-        pending: TokenIds,
-        sampler: Sampler,
-        stream: TextStream | None,
-        stops: StopStrings,
-        stop_ids: frozenset[int],
-        limit: int,
-        alternatives: int | None,
-    ):
-        self.sequence = sequence
-        self.pending = pending
-        self.pieces: list[Piece] = []
-        self._sampler = sampler
-        self._stream = stream
-        self._stops = stops
-        self._stop_ids = stop_ids
-        self._limit = limit
-        self._alternatives = alternatives
-
-    def push(self, logits: Array) -> None:
-        """Choose the next token from the logits [vocabulary], and add its piece."""
-        token = self._sampler.choose(logits)
-        self.pending = [token]
-        ended = token in self._stop_ids
-        text, stopped = self._stops.push(self._stream.push(token) if self._stream and not ended else "")
-        reason = "stop" if ended or stopped else "length" if len(self.pieces) + 1 == self._limit else None
-        if reason and not stopped:
-            rest, stopped = self._stops.push(self._stream.finish() if self._stream else "")
-            text += rest if stopped else rest + self._stops.finish()
-            reason = "stop" if stopped else reason
-        probability: float | None = None
-        others: tuple[tuple[int, float], ...] = ()
-        if self._alternatives is not None:
-            probability = float(log_probabilities(logits, [token])[0])
-            others = tuple(top_log_probabilities(logits, self._alternatives))
-        self.pieces.append(Piece(token, text, reason, probability, others))
-
-    def completion(self) -> Completion:
-        """Return the finished text."""
-        tokens = tuple(piece.token for piece in self.pieces)
-        text = "".join(piece.text for piece in self.pieces)
-        return Completion(tokens, text, self.pieces[-1].finish_reason or "length", tuple(self.pieces))

@@ -35,6 +35,11 @@ class PageCache:
         self._free = list(range(pages - 1, -1, -1))
 
     @property
+    def free_pages(self) -> int:
+        """How many pages nobody has."""
+        return len(self._free)
+
+    @property
     def free_tokens(self) -> int:
         """How many more tokens fit."""
         return len(self._free) * PAGE_TOKENS
@@ -93,6 +98,24 @@ class Sequence:
             self._pages += self.cache.take(count - len(self._pages))
             self._table = np.array(self._pages, np.int64)
         return self._table
+
+    @property
+    def pages(self) -> int:
+        """How many pages it has."""
+        return len(self._pages)
+
+    def missing_pages(self, length: int) -> int:
+        """Return how many pages `reserve` would take for so many tokens."""
+        return max(0, -(-length // PAGE_TOKENS) - len(self._pages))
+
+    def copy(self, other: Sequence, length: int) -> None:
+        """Become the first tokens of another sequence, which keeps its own; errors as in `reserve`."""
+        self.close()
+        mine = self.reserve(length)
+        theirs = other._table[: len(mine)]
+        self.cache.keys[:, mine] = self.cache.keys[:, theirs]
+        self.cache.values[:, mine] = self.cache.values[:, theirs]
+        self.length = length
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from position `length` on."""
