@@ -44,5 +44,5 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml CMakeLists.txt $(wildcard native/* 
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --editable '.[torch,hub,eval,report,docs,dev]'
+	$(PIP) --editable '.[torch,hub,eval,report,serve,docs,dev]'
 	touch $@

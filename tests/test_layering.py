@@ -14,7 +14,7 @@ RANKS = [
     {"shards"},
     {"checkpoint"},
     {"models", "runtime"},
-    {"quantize", "integrations", "export"},
+    {"quantize", "integrations", "export", "serve"},
     {"evaluate"},
     {"report"},
     {"publish"},

@@ -13,6 +13,8 @@
     ├── EvaluationError             the evaluation data can't be used
     ├── GenerationError             a prompt or a sampling option that can't be
     ├── EngineError                 an engine that is closed or full, or whose numbers became infinite
+    │   ├── BusyError               so many texts are in line that another one isn't taken
+    │   └── TimeLimitError          a text wasn't finished in time
     ├── TokenizerError              a tokenizer's files are damaged, or a chat template refuses the messages
     ├── KernelError                 a kernel that this CPU can't run, or operands that don't fit it
     ├── ReportError                 measurements that a report can't show
@@ -77,6 +79,14 @@ class GenerationError(FPTQError):
 
 class EngineError(FPTQError):
     """An engine is closed, its KV cache is full, or its activations became infinite."""
+
+
+class BusyError(EngineError):
+    """So many texts are being written or in line that another one isn't taken."""
+
+
+class TimeLimitError(EngineError):
+    """A text wasn't finished in time."""
 
 
 class TokenizerError(FPTQError):

@@ -17,12 +17,16 @@ from fptq.cli.exporting import add_export, add_push
 from fptq.cli.quantizing import add_inspect, add_quantize
 from fptq.cli.reporting import add_report
 from fptq.cli.running import add_bench, add_chat, add_doctor, add_generate
+from fptq.cli.serving import add_serve
 from fptq.errors import FPTQError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = build_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    cut = given.index("--") if given[:1] == ["serve"] and "--" in given else len(given)
+    options = build_parser().parse_args(given[:cut])
+    options.beyond = given[cut + 1 :]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -60,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_report(commands)
     add_generate(commands)
     add_chat(commands)
+    add_serve(commands)
     add_bench(commands)
     add_export(commands)
     add_push(commands)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from fptq.runtime.engine import Engine
 
 
-def _add_engine_options(command: argparse.ArgumentParser) -> None:
+def add_engine_options(command: argparse.ArgumentParser) -> None:
+    """Add what an engine is opened with."""
     add = command.add_argument_group("engine").add_argument
     add("--threads", type=int, help="that work together (default: one for each CPU)")
     add("--context", type=int, help="tokens that prompt and answer may have (default: the model's own, up to 8192)")
@@ -52,7 +53,7 @@ def add_generate(commands: Any) -> None:
     runtime = "engine: native, without torch; transformers: for what the engine doesn't run, slower"
     add("--runtime", default="engine", choices=["engine", "transformers"], help=runtime)
     _add_sampling_options(command, 0.0)
-    _add_engine_options(command)
+    add_engine_options(command)
 
 
 def add_chat(commands: Any) -> None:
@@ -67,7 +68,7 @@ def add_chat(commands: Any) -> None:
     add("--system", metavar="TEXT", help="instructions that the conversation begins with")
     add("--max-new-tokens", type=int, default=1024, help="end an answer after this many tokens")
     _add_sampling_options(command, 0.7)
-    _add_engine_options(command)
+    add_engine_options(command)
 
 
 def add_bench(commands: Any) -> None:
@@ -114,7 +115,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _generate_with_engine(options: argparse.Namespace, prompt: str) -> None:
     sampling = _sampling(options)
-    with _open_engine(options) as engine:
+    with open_engine(options) as engine:
         if engine.tokenizer is None:
             raise FPTQError(f"{options.checkpoint}: has no tokenizer, so it can't read a prompt")
         ids = engine.tokenizer.encode(prompt)
@@ -159,7 +160,7 @@ def _chat(options: argparse.Namespace) -> None:
     from fptq.runtime.conversation import Conversation
 
     sampling = _sampling(options)
-    with _open_engine(options) as engine:
+    with open_engine(options) as engine:
         talk = Conversation(engine, system=options.system, sampling=sampling)
         if sys.stdin.isatty():
             with suppress(ImportError):  # line editing and history, where Python has them
@@ -214,7 +215,7 @@ def _bench(options: argparse.Namespace) -> None:
     if min(*options.prompt, options.generate, *options.batch, options.repetitions) < 1:
         raise FPTQError("--prompt, --generate, --batch and --repetitions need at least 1")
     options.context = max(options.prompt) + options.generate
-    with _open_engine(options, sequences=max(options.batch)) as engine:
+    with open_engine(options, sequences=max(options.batch)) as engine:
         ceilings = Ceilings.measure(engine.kernels)
         engine.take_times()
         measured = [
@@ -241,12 +242,13 @@ def _bench(options: argparse.Namespace) -> None:
         write_json(options.json, values)
 
 
-def _open_engine(options: argparse.Namespace, sequences: int = 1) -> Engine:
+def open_engine(options: argparse.Namespace, **sizes: Any) -> Engine:
+    """Return the engine that the options describe; `sizes` are further arguments of `Engine.open`."""
     from fptq.runtime.engine import Engine
     from fptq.runtime.kernels import REFERENCE
 
     engine = Engine.open(
-        Path(options.checkpoint).expanduser(), threads=options.threads, context=options.context, sequences=sequences
+        Path(options.checkpoint).expanduser(), threads=options.threads, context=options.context, **sizes
     )
     if engine.kernels.target == REFERENCE:
         print(f"fptq: the numpy reference runs; {engine.kernels.reason}", file=sys.stderr)

@@ -309,8 +309,11 @@ class Engine:
             raise GenerationError("stop strings need a tokenizer, and the checkpoint has none")
         if stop_ids is None:
             stop_ids = self.tokenizer.stop_ids if self.tokenizer else ()
+        sampling = sampling or Sampling()
+        if any(token >= self.plan.vocabulary for token in sampling.logit_bias):
+            raise GenerationError(f"logit_bias: needed token ids below {self.plan.vocabulary}, the vocabulary")
         limit = min(max_new_tokens or self.context, self.context - len(ids))
-        return Text(ids, limit, sampling or Sampling(), self.tokenizer, stop, stop_ids, log_probabilities)
+        return Text(ids, limit, sampling, self.tokenizer, stop, stop_ids, log_probabilities)
 
     def _run(self, text: Text, sequence: Sequence, *, keep: bool) -> Iterator[Piece]:
         try:

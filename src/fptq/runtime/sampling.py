@@ -4,13 +4,14 @@
     token = sampler.choose(logits)
 
 Options mean what they mean in transformers, and apply in its order: repetition penalty, temperature, top-k, top-p,
-min-p.
+min-p. Those that transformers doesn't have are OpenAI's, and come first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -35,6 +36,9 @@ class Sampling:
         top_p: choose among the fewest tokens that have this probability together.
         min_p: choose among tokens that have this share of the likeliest token's probability.
         repetition_penalty: divides positive and multiplies negative logits of tokens that came before.
+        frequency_penalty: is taken from a token's logit for each time that it was written.
+        presence_penalty: is taken from the logits of all tokens that were written.
+        logit_bias: is added to these tokens' logits.
         seed: of the random numbers; None: another one each time.
 
     Raises:
@@ -46,6 +50,9 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +64,11 @@ class Sampling:
         self._need(
             "repetition_penalty", _is_within(self.repetition_penalty, _SMALLEST, _LARGEST), "a finite number above 0"
         )
+        for name in ("frequency_penalty", "presence_penalty"):
+            self._need(name, _is_within(getattr(self, name), -_LARGEST, _LARGEST), "a finite number")
+        biases = self.logit_bias.items()
+        bias = all(isinstance(i, Integral) and i >= 0 and _is_within(b, -_LARGEST, _LARGEST) for i, b in biases)
+        self._need("logit_bias", bias, "finite numbers for token ids")
         seeded = isinstance(self.seed, Integral) and 0 <= self.seed < 2**64
         self._need("seed", self.seed is None or seeded, "an integer, 0 or above and below 2^64")
         for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
@@ -72,11 +84,12 @@ def _is_within(value: Any, low: float, high: float) -> bool:
 
 
 class Sampler:
-    """Chooses the tokens of one text, and remembers them for the repetition penalty."""
+    """Chooses the tokens of one text, and remembers them for the penalties."""
 
     def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]):
         self.sampling = sampling
         self._seen = np.unique(np.asarray(prompt_ids, np.int64))
+        self._written: Counter[int] = Counter()
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
 
     def choose(self, logits: Array) -> int:
@@ -90,6 +103,7 @@ class Sampler:
         token = place if ids is None else int(ids[place])
         if self.sampling.repetition_penalty != 1:
             self._seen = np.union1d(self._seen, token)
+        self._written[token] += 1
         return token
 
     def distribution(self, logits: Array) -> tuple[Array, Array]:
@@ -123,12 +137,18 @@ class Sampler:
         return ids, weights
 
     def _penalized(self, logits: Array) -> Array:
-        penalty = self.sampling.repetition_penalty
-        if penalty == 1 or not self._seen.size:
+        options = self.sampling
+        counted = options.frequency_penalty != 0 or options.presence_penalty != 0
+        if not (options.logit_bias or counted or options.repetition_penalty != 1):
             return logits
-        seen = logits[self._seen]
         scores = logits.copy()
         with np.errstate(over="ignore"):
+            scores[list(options.logit_bias)] += np.array(list(options.logit_bias.values()), np.float32)
+            if counted:
+                counts = np.array(list(self._written.values()), np.float32)
+                scores[list(self._written)] -= options.frequency_penalty * counts + options.presence_penalty
+            seen = scores[self._seen]
+            penalty = options.repetition_penalty
             scores[self._seen] = np.where(seen < 0, seen * penalty, seen / penalty)
         return scores
 

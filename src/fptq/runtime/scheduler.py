@@ -71,6 +71,9 @@ class Scheduler:
         """Whether there is something to do."""
         return bool(self._waiting or self._running)
 
+    def __contains__(self, text: Text) -> bool:
+        return text in self._running or text in self._waiting
+
     def add(self, text: Text) -> None:
         """Put a text in line."""
         self._waiting.append(text)

@@ -13,6 +13,7 @@ begins and ends with, and the values `add_bos_token` and `add_eos_token` of toke
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,11 @@ _LOOSE = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 _TIDY = re.compile(r".*[^ .?!,'nmtsver]", re.DOTALL)
 """A text up to a character that no piece of `_LOOSE` has: tidying what comes after can't change what is before."""
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + i): byte for i, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))
+}
+"""How byte-level tokenizers write bytes: printable ones as themselves, the others from U+0100 on (GPT-2)."""
 _LONGEST_WINDOW, _SHORT_WINDOW = 8, 4
 
 
@@ -52,7 +58,9 @@ class Tokenizer:
         self._backend = backend
         self._chat_template = chat_template
         self._tidies = tidies
-        self._silent = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        added = backend.get_added_tokens_decoder()
+        self._silent = {i for i, token in added.items() if token.special}
+        self._added = {i: token.content for i, token in added.items()}
 
     @classmethod
     def open(cls, folder: str | Path) -> Tokenizer | None:
@@ -137,6 +145,23 @@ class Tokenizer:
         variables = {**self.special_tokens, **variables}
         text = self._chat_template.render(messages, tools=tools, continue_final=continue_final, variables=variables)
         return self.encode(text, special=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; one character may need those of several tokens."""
+        spelling = self._added.get(token)
+        if spelling is not None:
+            return spelling.encode()
+        spelling = self._backend.id_to_token(token) or ""
+        if "ByteLevel" in self._decoders:
+            return bytes(map(_BYTE_OF_CHARACTER.__getitem__, spelling))
+        if "ByteFallback" in self._decoders and _BYTE.fullmatch(spelling):
+            return bytes([int(spelling[1:-1], 16)])
+        return spelling.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+    @functools.cached_property
+    def _decoders(self) -> str:
+        decoder = self._backend.decoder
+        return "" if decoder is None else repr(decoder)
 
     def spelling(self, token: int) -> str | None:
         """Return a token as the vocabulary writes it, or None if `decode` leaves it out."""

@@ -58,6 +58,7 @@ class Text:
         prompt: int32 [tokens].
         pending: tokens that must run before the next one can be chosen.
         pieces: what was written so far.
+        reused_tokens: of the prompt, that were in the cache when it began.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Text:
         self.prompt = prompt
         self.pending: TokenIds = prompt
         self.pieces: list[Piece] = []
+        self.reused_tokens = 0
         self._limit = limit
         self._sampler = Sampler(sampling, prompt.tolist())
         self._stream = TextStream(tokenizer) if tokenizer else None
@@ -107,6 +109,8 @@ class Text:
                 f"the sequence has {sequence.length} tokens, the prompt {len(tokens)}: nothing new to run"
             )
         self.pending = tokens[sequence.length :]
+        if not self.pieces:
+            self.reused_tokens = sequence.length
 
     def push(self, logits: Array) -> Piece:
         """Choose the next token from the logits [vocabulary], and return its piece."""
