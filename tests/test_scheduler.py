@@ -8,24 +8,18 @@ import numpy as np
 import pytest
 
 from fptq.errors import EngineError, GenerationError
-from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import get_recipe
 from fptq.runtime.engine import Engine
 from fptq.runtime.kv_cache import PAGE_TOKENS
 from fptq.runtime.sampling import Sampling
 from fptq.runtime.scheduler import MOST_PARALLEL, Scheduler
 from fptq.runtime.writing import Piece, Text
-from tiny import save_tiny, token_ids
-from tokens import save_tokenizer
+from test_engine import checkpoint_of
+from tiny import token_ids
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scheduler")
-    model = save_tiny(folder / "model")
-    save_tokenizer(model)
-    calibration = CalibrationSpec("random", 4, 32)
-    return quantize(str(model), folder / "q", get_recipe("fptq", group_size=16), calibration, Options(progress=False))
+    return checkpoint_of(tmp_path_factory.mktemp("scheduler"), "llama")
 
 
 def prompts(*lengths: int) -> list[list[int]]:

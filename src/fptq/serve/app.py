@@ -18,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -33,6 +34,8 @@ BODY_SECONDS = 30
 """In which a body must be there."""
 READING_SECONDS = 60
 """That a client has for the rest of a stream, once its time is over."""
+_CLIENT_GONE = 499
+"""A status that nobody gets, for the log and the metrics."""
 _PAGE_POLICY = "; ".join(
     [
         "default-src 'none'",
@@ -109,7 +112,7 @@ class Api:
             is_there = await _unless_disconnected(request, writing.finish())
         finally:
             writing.close()
-        return JSONResponse(reply.whole(texts)) if is_there else Response(status_code=499)
+        return JSONResponse(reply.whole(texts)) if is_there else Response(status_code=_CLIENT_GONE)
 
     async def _body(self, request: HTTPRequest) -> bytes:
         """Return the body of a request, if it is JSON, not too long and there in time."""
@@ -182,16 +185,26 @@ class _Writing:
 
         service.submit({text: partial(listen, i) for i, text in enumerate(texts)}, seconds=seconds)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Yield the pieces of all texts as they come, each with its text's index, or raise APIError."""
+    async def pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
+        """Yield the pieces of all texts, each with its text's index, as many as are there; or raise APIError."""
         unfinished = len(self.texts)
         while unfinished:
-            index, event = await self._events.get()
-            if isinstance(event, FPTQError):
-                raise APIError.of(event)
-            self._watches[index].token()
-            unfinished -= event.finish_reason is not None
-            yield index, event
+            events = [await self._events.get()]
+            while not self._events.empty():
+                events.append(self._events.get_nowait())
+            there: list[tuple[int, Piece]] = []
+            failed: FPTQError | None = None
+            for index, event in events:
+                if isinstance(event, FPTQError):
+                    failed = failed or event
+                else:
+                    self._watches[index].token()
+                    unfinished -= event.finish_reason is not None
+                    there.append((index, event))
+            yield there
+            if failed:
+                raise APIError.of(failed)
+            await asyncio.sleep(0)  # others have their turn, even if more is there already
 
     async def finish(self) -> None:
         """Wait for the end of all texts, or raise APIError."""
@@ -225,11 +238,14 @@ class _EventStream(StreamingResponse):
 async def _events(writing: _Writing, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
     begun: set[int] = set()
     try:
-        async for index, piece in writing.pieces():
-            chunk = reply.chunk(index, piece, first=index not in begun)
-            begun.add(index)
-            if chunk is not None:
-                yield _event({**chunk, "usage": None} if include_usage else chunk)
+        async for there in writing.pieces():
+            chunks = []
+            for index, piece in there:
+                chunk = reply.chunk(index, piece, first=index not in begun)
+                begun.add(index)
+                if chunk is not None:
+                    chunks.append(_event({**chunk, "usage": None} if include_usage else chunk))
+            yield "".join(chunks)
         if include_usage:
             yield _event(reply.usage_chunk(writing.texts))
     except APIError as error:
@@ -344,8 +360,17 @@ def make_app(
         assert isinstance(error, HTTPException)
         return _error_response(APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
 
+    async def of_nobody(_: HTTPRequest, __: Exception) -> Response:
+        return Response(status_code=_CLIENT_GONE)
+
     async def of_any(_: HTTPRequest, error: Exception) -> Response:
         return _error_response(APIError(500, "the server has made a mistake; its log says more", "server_error"))
 
-    handlers = {APIError: of_api, FPTQError: of_ours, HTTPException: of_http, Exception: of_any}
+    handlers = {
+        APIError: of_api,
+        FPTQError: of_ours,
+        HTTPException: of_http,
+        ClientDisconnect: of_nobody,
+        Exception: of_any,
+    }
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
