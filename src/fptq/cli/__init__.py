@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     cut = given.index("--") if given[:1] == ["serve"] and "--" in given else len(given)
     options = build_parser().parse_args(given[:cut])
-    options.beyond = given[cut + 1 :]
+    if given[:1] == ["serve"]:
+        options.beyond = given[cut + 1 :]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
