@@ -282,5 +282,6 @@ def _doctor(options: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(options.checkpoint)
     sound = f"{len(list(checkpoint.verify()))} files are as they were written" if checkpoint.record else "no checksums"
     print(f"\n{checkpoint.folder}: {sound}")
+    wrapper = textwrap.TextWrapper(100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
     for engine, verdict in engine_verdicts(checkpoint):
-        print(textwrap.fill(f"{engine}: {verdict}", 100, initial_indent="  ", subsequent_indent="    "))
+        print(wrapper.fill(f"{engine}: {verdict}"))

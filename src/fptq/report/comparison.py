@@ -79,6 +79,8 @@ def _runtimes(results: Sequence[Result]) -> str:
     by_runtime: dict[str, list[str]] = {}
     for result in results:
         by_runtime.setdefault(result.runtime, []).append(result.label)
+    if len(by_runtime) == 1:
+        return f"runs in {results[0].runtime}"
     most = max(by_runtime, key=lambda runtime: len(by_runtime[runtime]))
     named = {runtime: "all others" if runtime == most else ", ".join(ls) for runtime, ls in by_runtime.items()}
     return "runs in " + "; ".join(f"{runtime}: {labels}" for runtime, labels in named.items())
