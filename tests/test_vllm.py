@@ -152,11 +152,16 @@ def test_exports_load_without_the_plugin(made: Path, target: str, tmp_path: Path
     assert [len(tokens) for tokens in result["tokens"]] == [NEW_TOKENS] * 2
 
 
-@pytest.fixture
-def server(made: Path, environment: dict[str, str]) -> Iterator[str]:
+OURS = ["fptq", "serve", "DIR", "--backend", "vllm", "--model-name", "tiny", "--context", "192", "--port", "8123", "--"]
+THEIRS = ["vllm", "serve", "DIR", "--served-model-name", "tiny", "--max-model-len", "192", "--port", "8123"]
+
+
+@pytest.fixture(params=[THEIRS, OURS], ids=["vllm", "fptq"])
+def server(request: pytest.FixtureRequest, made: Path, environment: dict[str, str]) -> Iterator[str]:
     port = 8123
-    command = [str(PYTHON.parent / "vllm"), "serve", str(made), "--port", str(port), "--served-model-name", "tiny"]
-    command += ["--dtype", "float32", "--max-model-len", "192", "--enforce-eager"]
+    program, *rest = request.param
+    command = [str(PYTHON.parent / program), *(str(made) if word == "DIR" else word for word in rest)]
+    command += ["--dtype", "float32", "--enforce-eager"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         for _ in range(240):
             try:
