@@ -25,7 +25,7 @@ AWQ_GRID = 20
 SEARCH_EXPONENTS = tuple(step / 10 for step in range(1, 11))
 """Exponents of the input's magnitude that the search of `search_scale` tries."""
 
-_SEARCH_ROWS = 1024  # of a layer's weight, evenly taken, that speak for all in a search
+_SEARCH_ROWS, _SEARCH_WEIGHTS = 1024, 1 << 21  # that speak for all of a layer in a search: rows, evenly taken
 
 
 def lae_scale(channel_max: np.ndarray, alpha: float = 1.0) -> np.ndarray:
@@ -111,7 +111,8 @@ def search_scale(
         bits: of a code.
         static: whether the input has one static scale.
     """
-    sampled = [weight[:: -(-len(weight) // _SEARCH_ROWS)] for weight in weights]
+    rows = min(_SEARCH_ROWS, -(-_SEARCH_WEIGHTS // len(channel_max)))  # each costs k² operations for a candidate
+    sampled = [weight[:: -(-len(weight) // rows)] for weight in weights]
     x, rms, w = (torch.from_numpy(values).double() for values in (channel_max, channel_rms, weight_max))
     known = (x > 0) & (w > 0)
     x1, rms1, w1 = (torch.where(known, values, 1.0) for values in (x, rms, w))

@@ -35,13 +35,13 @@ from fptq.checkpoint import (
 from fptq.errors import CalibrationError, QuantizationError
 from fptq.models.architectures import InputGroup, attention_name
 from fptq.models.loading import FloatModel, head_layers, library_versions
-from fptq.models.simulation import simulating
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationData, CalibrationSpec, load_calibration
 from fptq.quantize.equalize import equalize_
 from fptq.quantize.observe import BlockStatistics, Wanted
 from fptq.quantize.policy import BlockPlan, decide, decide_head, is_skipped, layer_bits_and_group
 from fptq.quantize.qat import TrainingSpec, disk_bytes, train
+from fptq.quantize.quantized import quantized
 from fptq.quantize.recording import Recording
 from fptq.quantize.rounding import cache_scales, round_head, round_weights
 from fptq.quantize.sqnr import measure_sqnr
@@ -293,7 +293,7 @@ class _Job:
             bar.update(len(self.walk.batches))
             return
         block.to(self.walk.dtype)
-        with simulating(block, linears):
+        with quantized(block, linears):
             self.walk.propagate(index, bar.update)
 
     def _float_tensors(self, block: nn.Module, name: str, plan: BlockPlan) -> dict[str, np.ndarray]:
