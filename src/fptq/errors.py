@@ -106,4 +106,14 @@ class OutputError(FPTQError):
 
 
 class MissingDependencyError(FPTQError):
-    """An optional dependency isn't installed."""
+    """An optional dependency isn't installed.
+
+    Args:
+        need: what needs which package.
+        extra: of ours, that brings it.
+        hint: what else would help.
+    """
+
+    def __init__(self, need: str, extra: str, hint: str = ""):
+        remedy = f"pip install 'fptq[{extra}]', or '.[{extra}]' in its repository"
+        super().__init__(f"{need}: {remedy}{f'; {hint}' if hint else ''}")

@@ -40,7 +40,7 @@ def push(
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     except ModuleNotFoundError as cause:
-        raise MissingDependencyError("the Hub needs huggingface_hub: pip install 'fptq[hub]'") from cause
+        raise MissingDependencyError("the Hub needs huggingface_hub", "hub") from cause
 
     subject = Subject.open(folder)
     checkpoint = subject.checkpoint

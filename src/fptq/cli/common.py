@@ -39,6 +39,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
 
@@ -146,6 +148,7 @@ def require_torch() -> None:
             __import__(package)
         except ModuleNotFoundError as cause:
             raise MissingDependencyError(
-                f"this command needs {package}: pip install 'fptq[torch]' "
-                "(for a CPU build of torch see the README's installation section)"
+                f"this command needs {package}",
+                "torch",
+                "for a CPU build of torch see the README's installation section",
             ) from cause

@@ -151,7 +151,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     for name, score in results.tasks.items():
         if score.truncated:
             print(f"{name}: {score.truncated} requests were longer than the model's context and cut on the left")
-    print(f"runtime: {settings['runtime']}, kernels {', '.join(settings['kernels'])}, {settings['threads']} threads")
+    print(f"runtime: {settings['runtime']}, kernels {', '.join(settings['kernels'])}, threads: {settings['threads']}")
     if options.json:
         write_json(options.json, results.to_dict())
 

@@ -85,7 +85,7 @@ def _serve(options: argparse.Namespace) -> None:
         from fptq.serve.app import Limits
         from fptq.serve.server import serve
     except ModuleNotFoundError as cause:
-        raise MissingDependencyError(f"this command needs {cause.name}: pip install 'fptq[serve]'") from cause
+        raise MissingDependencyError(f"this command needs {cause.name}", "serve") from cause
     sizes = {"sequences": 4} if options.cache_tokens is None else {"cache_tokens": options.cache_tokens}
     for option in ("max_prompt_tokens", "max_new_tokens", "time_limit", "drain"):
         value = getattr(options, option)
@@ -119,7 +119,7 @@ def _run_vllm(options: argparse.Namespace, name: str, key: str | None) -> None:
             f"--{given[0].replace('_', '-')} is for our engine; vLLM has options of its own, which it takes behind '--'"
         )
     if importlib.util.find_spec("vllm") is None:
-        raise MissingDependencyError("--backend vllm needs vLLM in this environment, see docs/vllm.md")
+        raise FPTQError("--backend vllm needs vLLM in this environment, see docs/vllm.md")
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", options.checkpoint]
     command += ["--served-model-name", name, "--host", options.host, "--port", str(options.port)]
     command += ["--max-num-seqs", str(options.parallel)]

@@ -79,7 +79,7 @@ def require_harness() -> Any:
     try:
         import lm_eval  # noqa: F401
     except ModuleNotFoundError as cause:
-        raise MissingDependencyError("benchmark tasks need lm-eval: pip install 'fptq[eval]'") from cause
+        raise MissingDependencyError("benchmark tasks need lm-eval", "eval") from cause
     from fptq.evaluate import harness
 
     return harness

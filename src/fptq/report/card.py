@@ -34,7 +34,7 @@ def model_card(subject: Subject, place: str, *, base_model: str | None = None, l
     try:
         from huggingface_hub import ModelCardData
     except ModuleNotFoundError as cause:
-        raise MissingDependencyError("a model card needs huggingface_hub: pip install 'fptq[hub]'") from cause
+        raise MissingDependencyError("a model card needs huggingface_hub", "hub") from cause
 
     record = subject.checkpoint.record
     data = ModelCardData(

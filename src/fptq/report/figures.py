@@ -498,7 +498,7 @@ def _altair() -> Any:
     try:
         import altair
     except ModuleNotFoundError as cause:
-        raise MissingDependencyError("a report needs Altair: pip install 'fptq[report]'") from cause
+        raise MissingDependencyError("a report needs Altair", "report") from cause
     return altair
 
 

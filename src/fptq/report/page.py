@@ -409,5 +409,5 @@ def _vega() -> Any:
     try:
         import vl_convert
     except ModuleNotFoundError as cause:
-        raise MissingDependencyError("a report needs vl-convert: pip install 'fptq[report]'") from cause
+        raise MissingDependencyError("a report needs vl-convert", "report") from cause
     return vl_convert

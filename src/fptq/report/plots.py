@@ -147,7 +147,7 @@ def require_plots() -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as cause:
-        raise MissingDependencyError("plots need matplotlib: pip install 'fptq[eval]'") from cause
+        raise MissingDependencyError("plots need matplotlib", "eval") from cause
 
 
 def _pyplot() -> Any:
