@@ -126,3 +126,23 @@ def test_pages_remain_distinct_whatever_comes_and_goes() -> None:
         assert cache.free_tokens == cache.tokens - len(in_use) * PAGE_TOKENS
         np.testing.assert_array_equal(sequence.reserve(sequence.length), held[i])
     assert refused > 100
+
+
+def test_a_copy_is_independent_of_what_was_copied() -> None:
+    cache = PageCache(PLAN, 8 * PAGE_TOKENS)
+    one, two = Sequence(cache, 1000), Sequence(cache, 1000)
+    pages = one.reserve(3 * PAGE_TOKENS)
+    one.length = 3 * PAGE_TOKENS
+    cache.keys[:, pages], cache.values[:, pages] = 5, 6
+    two.reserve(4 * PAGE_TOKENS)  # what it had is given back
+    two.copy(one, PAGE_TOKENS + 7)
+    assert (two.length, two.pages, one.pages, cache.free_pages) == (PAGE_TOKENS + 7, 2, 3, 3)
+    copied = two.reserve(1)
+    assert not {*copied} & {*pages}
+    cache.keys[:, pages], cache.values[:, pages] = 0, 0
+    assert (cache.keys[:, copied] == 5).all()
+    assert (cache.values[:, copied] == 6).all()
+    assert two.missing_pages(2 * PAGE_TOKENS) == 0
+    assert two.missing_pages(4 * PAGE_TOKENS + 1) == 3
+    with pytest.raises(EngineError, match="the KV cache is full"):
+        Sequence(cache, 10**6).copy(one, 4 * PAGE_TOKENS)

@@ -137,6 +137,26 @@ def test_frequencies(options: dict[str, Any]) -> None:
     assert not np.all(np.abs(counts - draws * wrong) <= 5 * np.sqrt(draws * wrong * (1 - wrong)))
 
 
+def test_penalties_count_what_was_written() -> None:
+    """OpenAI's definition: c · frequency + (c > 0) · presence is taken from the logit of a token written c times."""
+    logits = np.array([5.0, 4.0, 3.5, 0.0], np.float32)
+    sampler = Sampler(Sampling(frequency_penalty=0.4, presence_penalty=0.3), [0, 0, 1])  # a prompt doesn't count
+    scores, counts, wanted = logits.astype(np.float64), np.zeros(4), []
+    for _ in range(9):
+        token = int(np.argmax(scores - 0.4 * counts - 0.3 * (counts > 0)))
+        counts[token] += 1
+        wanted.append(token)
+    assert [sampler.choose(logits) for _ in range(9)] == wanted
+    assert {0, 1, 2} == {*wanted}
+    np.testing.assert_array_equal(logits, np.array([5.0, 4.0, 3.5, 0.0], np.float32))
+
+
+def test_biases_are_added_to_logits() -> None:
+    biased = ours(FOUR, [], Sampling(temperature=1.0, logit_bias={0: float(np.log(4)), 3: -100.0}))
+    np.testing.assert_allclose(biased, np.array([0.4, 0.4, 0.3, 0.0]) / 1.1, atol=1e-6)
+    assert Sampler(Sampling(logit_bias={0: 100.0}), []).choose(FOUR) == 0
+
+
 def test_seeds() -> None:
     def run(seed: int | None) -> list[int]:
         sampler = Sampler(Sampling(temperature=1.0, top_p=0.95, seed=seed), [])
@@ -260,6 +280,10 @@ def test_log_probabilities() -> None:
         ({"temperature": 1.0, "min_p": 2}, "min_p 2: needed"),
         ({"repetition_penalty": 0}, "repetition_penalty 0: needed a finite number above 0"),
         ({"repetition_penalty": None}, "repetition_penalty None: needed"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty nan: needed a finite number"),
+        ({"presence_penalty": "1"}, "presence_penalty '1': needed a finite number"),
+        ({"logit_bias": {-1: 1.0}}, "needed finite numbers for token ids"),
+        ({"logit_bias": {1: float("inf")}}, "needed finite numbers for token ids"),
         ({"seed": -1}, "seed -1: needed an integer"),
         ({"seed": 2**64}, "seed 18446744073709551616: needed"),
         ({"seed": 0.5}, r"seed 0\.5: needed"),

@@ -199,6 +199,16 @@ def test_stop_strings(server: Server, engine: Engine) -> None:
     assert answer.choices[0].text.split() == words[: words.index(words[4])]
 
 
+def test_variables_of_the_template(server: Server) -> None:
+    create = server.client().chat.completions.create
+    taken = create(
+        messages=MESSAGES, max_tokens=2, extra_body={"chat_template_kwargs": {"enable_thinking": True}}, **GREEDY
+    )
+    assert taken.choices[0].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="'messages' is none of the template's own variables"):
+        create(messages=MESSAGES, extra_body={"chat_template_kwargs": {"messages": []}}, **GREEDY)
+
+
 def test_penalties_and_biases(server: Server, engine: Engine) -> None:
     never = {str(token): -100 for token in range(160) if token != 60}
     create = server.client().completions.create

@@ -163,6 +163,8 @@ def test_closing_ends_all_texts(service: Service) -> None:
         assert "closed" in str(last)
     with pytest.raises(EngineError, match="closed"):
         begin(service)
+    with pytest.raises(EngineError, match="closed"):
+        service.load()
 
 
 def test_a_line_cannot_be_negative(engine: Engine) -> None:

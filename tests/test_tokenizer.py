@@ -217,6 +217,22 @@ def test_a_long_stream_of_broken_characters_looks_at_few_tokens(ours: dict[str, 
     assert shown + len(pieces.finish()) == 1000
 
 
+@pytest.mark.parametrize("name", ["demo", "llama"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_tokens_are_those_of_the_text(name: str, text: str, ours: dict[str, Tokenizer]) -> None:
+    tokenizer = ours[name]
+    ids = tokenizer.encode(text, special=False)
+    spelled = b"".join(map(tokenizer.token_bytes, ids))
+    assert spelled.removeprefix(b" ") == tokenizer.decode(ids).encode().removeprefix(b" ")
+
+
+def test_the_bytes_of_special_tokens_are_their_names(ours: dict[str, Tokenizer]) -> None:
+    assert ours["words"].token_bytes(2) == b"<eos>"
+    words = ours["wordpiece"]
+    spelled = {words.token_bytes(token) for token in words.encode("playing", special=False)}
+    assert not any(b"##" in part for part in spelled)
+
+
 def test_special_tokens_inside_leave_the_space_after_them(ours: dict[str, Tokenizer]) -> None:
     tokenizer = ours["llama"]
     a, special = tokenizer.encode("a", special=False), 2

@@ -85,8 +85,7 @@ class Service:
             EngineError: the service is closed.
         """
         with self._changed:
-            if self._closed:
-                raise EngineError("the engine is closed")
+            self._need_running()
             if len(self._listeners) + len(texts) > self.most_texts:
                 raise BusyError(
                     f"{len(self._listeners)} texts are being written or wait, and {self.most_texts} is the limit: "
@@ -105,8 +104,9 @@ class Service:
                 self._changed.notify()
 
     def load(self) -> Load:
-        """Return what it does now."""
+        """Return what it does now, or raise EngineError if it does nothing any more."""
         with self._changed:
+            self._need_running()
             cache = self.engine.cache
             return Load(
                 running=self._scheduler.running,
@@ -123,6 +123,10 @@ class Service:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+
+    def _need_running(self) -> None:
+        if self._closed or not self._thread.is_alive():
+            raise EngineError("the engine is closed")
 
     def _run(self) -> None:
         while self._take_changes():

@@ -156,6 +156,8 @@ class Tokenizer:
             return bytes(map(_BYTE_OF_CHARACTER.__getitem__, spelling))
         if "ByteFallback" in self._decoders and _BYTE.fullmatch(spelling):
             return bytes([int(spelling[1:-1], 16)])
+        if "WordPiece" in self._decoders:
+            spelling = spelling.removeprefix("##")
         return spelling.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
     @functools.cached_property

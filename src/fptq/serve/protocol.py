@@ -303,6 +303,10 @@ class ChatRequest(Request):
     def prompts(self, engine: Engine) -> list[list[int]]:
         """Return the tokens of the conversation."""
         assert engine.tokenizer is not None
+        reserved = {"messages", "tools", "continue_final"} & self.chat_template_kwargs.keys()
+        if reserved:
+            message = f"chat_template_kwargs: '{min(reserved)}' is none of the template's own variables"
+            raise APIError(400, message, param="chat_template_kwargs")
         messages = [message.to_dict() for message in self.messages]
         return [engine.tokenizer.chat(messages, **self.chat_template_kwargs)]
 
