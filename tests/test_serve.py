@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import openai
 import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from fptq.cli import main
 from fptq.runtime.engine import Engine
 from fptq.runtime.sampling import Sampling
 from test_engine import checkpoint_of
 
+openai = pytest.importorskip("openai")
+prometheus = pytest.importorskip("prometheus_client.parser")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MESSAGES = [{"role": "user", "content": "w5 w6 w7"}]
 GREEDY = {"model": "tiny", "temperature": 0}
@@ -50,7 +50,7 @@ class Server:
     def port(self) -> int:
         return int(self.url.rsplit(":", 1)[1])
 
-    def client(self, key: str = "none") -> openai.OpenAI:
+    def client(self, key: str = "none") -> Any:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     def ask(
@@ -67,7 +67,7 @@ class Server:
 
     def metric(self, name: str, **labels: str) -> float:
         text = self.ask("GET", "/metrics")[1]
-        families = text_string_to_metric_families(text)
+        families = prometheus.text_string_to_metric_families(text)
         samples = [s for family in families for s in family.samples if s.name == name]
         return sum(s.value for s in samples if labels.items() <= s.labels.items())
 
