@@ -35,30 +35,51 @@ std::string missing(std::initializer_list<Feature> features) {
   return names;
 }
 
-bool has_avxvnni() {
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+struct Registers {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+};
+
+// Zeros if the CPU has no such leaf.
+Registers cpuid(unsigned leaf, unsigned subleaf = 0) {
+  Registers r;
+  __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);
+  return r;
+}
+
+// Which registers the operating system saves, as XCR0 has it.
+unsigned saved_registers() {
+  if (!(cpuid(1).c >> 27 & 1)) return 0;  // no XGETBV
+  unsigned low, high;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+#if defined(__APPLE__)
+  low |= 0xE0;  // macOS says so from their first use on only
+#endif
+  return low;
 }
 
 }  // namespace
 
 std::vector<Target> targets() {
-  // These ask the operating system, too, whether it saves the registers.
-  __builtin_cpu_init();
-  const Feature avx2{"AVX2", __builtin_cpu_supports("avx2") != 0}, fma{"FMA", __builtin_cpu_supports("fma") != 0};
-  const Feature f{"AVX512F", __builtin_cpu_supports("avx512f") != 0};
-  const Feature bw{"AVX512BW", __builtin_cpu_supports("avx512bw") != 0};
-  const Feature vl{"AVX512VL", __builtin_cpu_supports("avx512vl") != 0};
-  const Feature dq{"AVX512DQ", __builtin_cpu_supports("avx512dq") != 0};
-  const Feature vnni{"AVX512_VNNI", __builtin_cpu_supports("avx512vnni") != 0};
+  // Not __builtin_cpu_supports: clang-cl doesn't link the library that it is in.
+  const unsigned saved = saved_registers();
+  const bool ymm = (saved & 0x06) == 0x06, zmm = ymm && (saved & 0xE0) == 0xE0;
+  const Registers first = cpuid(1), seventh = cpuid(7);
+  const auto feature = [](const char* name, bool registers, unsigned bits, int bit) {
+    return Feature{name, registers && (bits >> bit & 1)};
+  };
+  const Feature fma = feature("FMA", ymm, first.c, 12), avx2 = feature("AVX2", ymm, seventh.b, 5);
+  const Feature f = feature("AVX512F", zmm, seventh.b, 16), dq = feature("AVX512DQ", zmm, seventh.b, 17);
+  const Feature bw = feature("AVX512BW", zmm, seventh.b, 30), vl = feature("AVX512VL", zmm, seventh.b, 31);
+  const Feature vnni = feature("AVX512_VNNI", zmm, seventh.c, 11);
+  const Feature avxvnni = feature("AVX_VNNI", ymm, cpuid(7, 1).a, 4);
   const auto lacks_avx512 = missing({avx2, fma, f, bw, vl, dq, vnni});
   std::vector<Target> all{{"avx512vnni", &kAvx512Vnni, lacks_avx512},
                           {"avx512vnni-zen", &kAvx512VnniZen, lacks_avx512},
-                          {"avxvnni", &kAvxVnni, missing({avx2, fma, {"AVX_VNNI", has_avxvnni()}})},
+                          {"avxvnni", &kAvxVnni, missing({avx2, fma, avxvnni})},
                           {"avxvnni-evex", &kAvxVnniEvex, missing({avx2, fma, vl, vnni})},
                           {"avx2", &kAvx2, missing({avx2, fma})},
                           {"scalar", &kScalar, ""}};
-  if (__builtin_cpu_is("amd")) std::swap(all[0], all[1]);
+  if (cpuid(0).b == 0x68747541) std::swap(all[0], all[1]);  // "Auth" of AuthenticAMD
   for (auto& target : all)
     if (!target.missing.empty()) target.kernels = nullptr;
   return all;

@@ -1,7 +1,5 @@
 #include "decoder.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
@@ -9,6 +7,13 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
+
+#if defined(_WIN32)
+#include <io.h>
+#include <windows.h>
+#else
+#include <unistd.h>
+#endif
 
 namespace fptq {
 namespace {
@@ -33,10 +38,29 @@ float bfloat16_at(const uint8_t* p) {
   return x;
 }
 
+// Reads up to `bytes` bytes from `offset` on, wherever the file stands, and returns how many; 0 at its end, -1 on
+// failure.
+int64_t read_some(int file, int64_t offset, int64_t bytes, uint8_t* to) {
+#if defined(_WIN32)
+  OVERLAPPED place{};
+  place.Offset = static_cast<DWORD>(offset);
+  place.OffsetHigh = static_cast<DWORD>(offset >> 32);
+  const auto handle = reinterpret_cast<HANDLE>(_get_osfhandle(file));
+  const auto most = static_cast<DWORD>(std::min<int64_t>(bytes, 1 << 30));
+  DWORD got = 0;
+  return ReadFile(handle, to, most, &got, &place) ? int64_t{got} : -1;
+#else
+  ssize_t got = 0;
+  do {
+    got = pread(file, to, static_cast<size_t>(bytes), static_cast<off_t>(offset));
+  } while (got < 0 && errno == EINTR);
+  return got;
+#endif
+}
+
 void read_file(int file, int64_t offset, int64_t bytes, uint8_t* to) {
   while (bytes > 0) {
-    const ssize_t got = pread(file, to, static_cast<size_t>(bytes), static_cast<off_t>(offset));
-    if (got < 0 && errno == EINTR) continue;
+    const int64_t got = read_some(file, offset, bytes, to);
     if (got <= 0) throw std::runtime_error("the checkpoint's file can't be read any more");
     offset += got;
     bytes -= got;

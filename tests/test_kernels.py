@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -70,6 +72,24 @@ def bound_of(codes, scales, activations, activation_scales, bias) -> np.ndarray:
         sums = activations[:, part].astype(np.float64) @ codes[:, part].astype(np.float64).T
         terms += np.abs(sums * scales[:, g])
     return (groups + 4) * EPS * (terms * activation_scales[:, None] + (0 if bias is None else np.abs(bias)))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="Linux lists what the CPU has")
+def test_detection_agrees_with_the_system() -> None:
+    if platform.machine() != "x86_64" or not NATIVE:
+        pytest.skip("needs native kernels on x86-64")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    has = set(next(line for line in lines if line.startswith("flags")).split())
+    avx512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+    needs = {
+        "avx512vnni": avx512,
+        "avx512vnni-zen": avx512,
+        "avxvnni": {"avx_vnni"},
+        "avxvnni-evex": {"avx512vl", "avx512_vnni"},
+        "avx2": set(),
+    }
+    for target, needed in needs.items():
+        assert (targets()[target] == "") == ({"avx2", "fma"} | needed <= has)
 
 
 SHAPES = [(1, 1, 32), (5, 31, 64), (3, 32, 96), (2, 33, 128), (9, 70, 256), (1, 130, 384), (13, 64, 576)]

@@ -1,4 +1,4 @@
-"""The kernels in builds that Python can't load: with sanitizers, and for Arm under an emulator."""
+"""The kernels in builds that Python can't load: with sanitizers, and for Arm and Windows under emulators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build(folder: Path, *options: str) -> Path:
     for command in (configure, ["cmake", "--build", folder]):
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "kernel_tests"
+    return next(folder.glob("kernel_tests*"))
 
 
 def run(*command: object) -> str:
@@ -78,3 +78,22 @@ def test_what_didnt_run_is_a_failure(arm_tests: Path) -> None:
     result = subprocess.run([CROSS / "qemu", "-cpu", "cortex-a53", arm_tests, "neon"], capture_output=True, text=True)
     assert result.returncode == 1
     assert "neon didn't run" in result.stdout
+
+
+def test_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("x86_64-w64-mingw32-g++-posix", "x86_64-w64-mingw32-g++")  # Debian's second one may be without threads
+    compiler = next(filter(shutil.which, names), None)
+    if compiler is None:
+        pytest.skip("needs MinGW-w64 (Debian: g++-mingw-w64-x86-64-posix)")
+    program = build(
+        tmp_path / "windows",
+        "-DCMAKE_SYSTEM_NAME=Windows",
+        "-DCMAKE_SYSTEM_PROCESSOR=AMD64",
+        f"-DCMAKE_CXX_COMPILER={compiler}",
+        "-DCMAKE_EXE_LINKER_FLAGS=-static",
+    )
+    if shutil.which("wine") is None:
+        pytest.skip("compiled; needs Wine to run")
+    monkeypatch.setenv("WINEPREFIX", str(tmp_path / "wine"))
+    monkeypatch.setenv("WINEDEBUG", "-all")
+    assert "scalar: right" in run("wine", program)

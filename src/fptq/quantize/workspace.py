@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -77,12 +78,12 @@ class Workspace:
             with lock.acquire(timeout=0):
                 try:
                     yield
-                    Path(lock.lock_file).unlink(missing_ok=True)
+                    _remove_file(lock)
                 except FPTQError as cause:
                     if not isinstance(cause, OutputError):
                         self._drop()
                     if not self.folder.exists():
-                        Path(lock.lock_file).unlink(missing_ok=True)
+                        _remove_file(lock)
                         for parent in missing:
                             with suppress(OSError):
                                 parent.rmdir()
@@ -192,6 +193,12 @@ class Workspace:
             raise OutputError(
                 f"{place}: {free / 1e9:.2f} GB free, {needed_bytes / 1e9:.2f} GB needed while quantizing ({hint})"
             )
+
+
+def _remove_file(lock: FileLock) -> None:
+    """Remove the file of a lock that is held; on Windows releasing the lock does that, and nothing else can."""
+    if os.name != "nt":
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def refuse_foreign(destination: Path) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -205,7 +205,7 @@ class PythonDecoder:
         table = self._weights.embedding
         if table.file:
             size = table.k * table.bits // 8
-            rows = [os.pread(table.file.fileno(), size, table.offset + int(token) * size) for token in tokens]
+            rows = [_read_at(table.file, table.offset + int(token) * size, size) for token in tokens]
             table = dataclasses.replace(table, data=np.frombuffer(b"".join(rows), np.uint8))
             tokens = np.arange(len(tokens))
         assert table.data is not None
@@ -301,3 +301,10 @@ class PythonDecoder:
         if norm.center:
             return self._kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
         return self._kernels.rms_norm(x, norm.weight, norm.eps)
+
+
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, offset)
+    file.seek(offset)  # Windows: no forked process shares the position
+    return file.read(size)

@@ -34,7 +34,7 @@ from fptq.runtime.writing import Completion, Piece, Text, TokenIds
 Array = np.ndarray
 
 DEFAULT_CONTEXT = 8192
-_ALL_ROWS = np.arange(MAX_ROWS)
+_ALL_ROWS = np.arange(MAX_ROWS, dtype=np.int64)
 
 
 class Engine:
@@ -366,5 +366,5 @@ def _steps(lengths: list[int]) -> Iterator[list[tuple[int, int, int]]]:
 
 def give_back_memory() -> None:
     """Return freed memory to the system, where the C library keeps it otherwise (glibc)."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: on Windows
         ctypes.CDLL(None).malloc_trim(0)

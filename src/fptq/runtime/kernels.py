@@ -376,7 +376,7 @@ class Kernels:
         values = _check("values", values, np.int8, (None, None, None, head_dim))
         all_pages, kv_heads, page_tokens, _ = values.shape
         keys = _check("keys", keys, np.int8, (all_pages, kv_heads, head_dim, page_tokens))
-        table = np.arange(all_pages) if pages is None else pages
+        table = np.arange(all_pages, dtype=np.int64) if pages is None else pages
         table = _check("pages", table, np.int64, (None,))
         alibi_slopes = _check_optional("alibi_slopes", alibi_slopes, (heads,))
         if min(heads, head_dim, page_tokens, kv_heads) < 1 or heads % kv_heads:
