@@ -422,9 +422,9 @@ def test_limits(folder: Path) -> None:
         late = [raw_request(server, {"max_tokens": 3900}) for _ in range(3)]
         time.sleep(0.5)
         server.process.send_signal(signal.SIGCONT)
-        statuses = sorted(http_status(connection) for connection in late)
-        assert statuses[-1] == 503
-        assert set(statuses[:2]) <= {200, 504}
+        statuses = [http_status(connection) for connection in late]
+        assert statuses.count(503) == 1, statuses
+        assert {*statuses} <= {200, 503, 504}
 
 
 def http_status(connection: socket.socket) -> int:
