@@ -72,7 +72,7 @@ class Server:
         return sum(s.value for s in samples if labels.items() <= s.labels.items())
 
     def wait_until_idle(self) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while self.metric("fptq_running_texts") or self.metric("fptq_waiting_texts"):
             assert time.monotonic() < end, "a text keeps its place"
             time.sleep(0.05)
@@ -337,7 +337,7 @@ def test_a_cut_body_is_no_request(server: Server) -> None:
 
 
 def test_slow_readers_hold_nobody_up(server: Server, engine: Engine) -> None:
-    slow = [raw_request(server, {"max_tokens": 3000, "stream": True, "logprobs": 20}) for _ in range(12)]
+    slow = [raw_request(server, {"max_tokens": 1500, "stream": True, "logprobs": 20}) for _ in range(12)]
     server.wait_until_idle()  # nobody has read a byte
     assert server.client().completions.create(prompt="w1 w2", max_tokens=12, **GREEDY).choices[0].text == alone(
         engine, "w1 w2"
@@ -348,7 +348,7 @@ def test_slow_readers_hold_nobody_up(server: Server, engine: Engine) -> None:
             part = connection.recv(1 << 20)
             assert part
             received += part
-        assert received.count(b"data: {") == 3000
+        assert received.count(b"data: {") == 1500
         assert b"data: [DONE]" in received
         connection.close()
 
