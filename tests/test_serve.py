@@ -145,6 +145,26 @@ def test_several_prompts_and_answers(server: Server, engine: Engine) -> None:
         assert again.choices[0].text == wanted[0]
 
 
+def test_the_model_says_how_to_choose_what_a_client_does_not(folder: Path, engine: Engine, tmp_path: Path) -> None:
+    changed = shutil.copytree(folder, tmp_path / "q")
+    config = {"eos_token_id": 1000, "temperature": 1.5, "top_k": 9, "repetition_penalty": 1.2, "do_sample": True}
+    (changed / "generation_config.json").write_text(json.dumps(config))
+    with running(changed) as server:
+        create = server.client().completions.create
+        answer = create(model="tiny", prompt="w1 w2", seed=3)
+        sampling = Sampling(temperature=1.5, top_k=9, repetition_penalty=1.2, seed=3)
+        assert answer.choices[0].text == alone(engine, "w1 w2", 16, sampling=sampling)
+        answer = create(model="tiny", prompt="w1 w2", seed=3, temperature=0, extra_body={"repetition_penalty": 1})
+        assert answer.choices[0].text == alone(engine, "w1 w2", 16)
+    (changed / "generation_config.json").write_text('{"top_p": 7}')
+    assert main(["serve", str(changed), "--port", "0"]) == 1
+
+
+def test_without_a_word_temperature_is_as_in_chats(server: Server, engine: Engine) -> None:
+    answer = server.client().completions.create(model="tiny", prompt="w1 w2", seed=5)
+    assert answer.choices[0].text == alone(engine, "w1 w2", 16, sampling=Sampling(temperature=0.7, seed=5))
+
+
 def test_streams_are_what_comes_at_once(server: Server) -> None:
     options = {"prompt": ["w1 w2", "w3 w4"], "max_tokens": 10, "logprobs": 2, **GREEDY}
     whole = server.client().completions.create(**options)

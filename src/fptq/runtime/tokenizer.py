@@ -82,9 +82,9 @@ class Tokenizer:
             raise TokenizerError(f"{path}: isn't a tokenizer ({cause}); fetch it again") from cause
         backend.no_truncation()
         backend.no_padding()
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
-            config |= _read_json(folder / "special_tokens_map.json")
+            config |= read_json(folder / "special_tokens_map.json")
         try:
             special_tokens = _add_special_tokens_(backend, config)
             chat_template = _read_chat_template(folder, config)
@@ -223,7 +223,7 @@ def tidy(text: str) -> str:
     return text
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or an empty one if there is no such file."""
     if not path.exists():
         return {}
@@ -259,7 +259,7 @@ def _add_special_tokens_(backend: Any, config: dict[str, Any]) -> dict[str, str]
 
 def _stop_ids(folder: Path, backend: Any, special_tokens: dict[str, str]) -> frozenset[int]:
     for path in (folder / "generation_config.json", folder / "config.json"):
-        found = _read_json(path).get("eos_token_id")
+        found = read_json(path).get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         if not all(isinstance(i, int) for i in ids if found is not None):
             raise TokenizerError(f"{path}: eos_token_id is {found!r}, needed an integer or a list of them")
@@ -273,7 +273,7 @@ def _read_chat_template(folder: Path, config: dict[str, Any]) -> ChatTemplate | 
     path = folder / "chat_template.jinja"
     if path.exists():
         return ChatTemplate({"default": path.read_text(encoding="utf-8")})
-    found = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template") or []
+    found = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template") or []
     if isinstance(found, str):
         return ChatTemplate({"default": found})
     templates = {template["name"]: template["template"] for template in found}

@@ -28,7 +28,7 @@ from fptq.errors import FPTQError
 from fptq.runtime.service import Service
 from fptq.runtime.writing import Piece, Text
 from fptq.serve.metrics import Metrics
-from fptq.serve.protocol import APIError, ChatRequest, CompletionRequest, Reply, Request
+from fptq.serve.protocol import APIError, ChatRequest, CompletionRequest, Reply, Request, sampling_defaults
 
 BODY_SECONDS = 30
 """In which a body must be there."""
@@ -78,6 +78,7 @@ class Api:
         self._model = model
         self._limits = limits
         self._created = int(time())
+        self._defaults = sampling_defaults(self._engine.folder)
         self._body_bytes = (1 << 20) + 64 * self._engine.context
         self.metrics = Metrics(service)
 
@@ -99,7 +100,7 @@ class Api:
         tokenizer = self._engine.tokenizer
         assert tokenizer is not None
         most = self._limits.prompt_tokens or self._engine.context - 1
-        texts = await run_in_threadpool(asked.texts, self._engine, most, self._limits.new_tokens)
+        texts = await run_in_threadpool(asked.texts, self._engine, self._defaults, most, self._limits.new_tokens)
         if len(texts) > self._service.most_texts:
             raise APIError(400, f"{len(texts)} answers were asked for: at most {self._service.most_texts} are possible")
         writing = _Writing(self._service, texts, self._limits.seconds, self.metrics)

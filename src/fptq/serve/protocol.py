@@ -9,6 +9,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from time import time
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -18,7 +19,7 @@ import fptq
 from fptq.errors import BusyError, FPTQError, GenerationError, TimeLimitError, TokenizerError
 from fptq.runtime.engine import Engine
 from fptq.runtime.sampling import Sampling
-from fptq.runtime.tokenizer import Tokenizer
+from fptq.runtime.tokenizer import Tokenizer, read_json
 from fptq.runtime.writing import Piece, Text
 
 JSON: TypeAlias = "dict[str, Any]"
@@ -47,6 +48,31 @@ _ONLY_OFF: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
 }
 """What the engine doesn't do, with the values that don't ask for it."""
+
+
+USUAL_TEMPERATURE = 0.7
+"""Where neither client nor model say one; `fptq chat` has the same."""
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def sampling_defaults(folder: Path) -> JSON:
+    """Return how tokens are chosen where a client doesn't say: as in the model's generation_config.json.
+
+    Raises:
+        GenerationError: a value there is out of range.
+        TokenizerError: the file isn't JSON.
+    """
+    found = read_json(folder / "generation_config.json")
+    defaults = {"temperature": USUAL_TEMPERATURE} | {n: found[n] for n in _SAMPLING if found.get(n) is not None}
+    _sampling(defaults)
+    return defaults
+
+
+def _sampling(values: JSON, **more: Any) -> Sampling:
+    """Return a way to choose; temperature 0 leaves no choice that other values could limit."""
+    if values["temperature"] == 0:
+        values = {name: value for name, value in values.items() if name not in ("top_p", "top_k", "min_p")}
+    return Sampling(**values, **more)
 
 
 class APIError(Exception):
@@ -105,11 +131,11 @@ class Request(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: Annotated[
@@ -161,26 +187,24 @@ class Request(BaseModel, ABC):
         """The strings at which a text ends."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
-    def sampling(self, index: int) -> Sampling:
+    def sampling(self, index: int, defaults: JSON) -> Sampling:
         """Return how the tokens of one of the `n` texts are chosen."""
-        greedy = self.temperature == 0
-        return Sampling(
-            temperature=self.temperature,
-            top_k=0 if greedy else max(0, self.top_k),
-            top_p=1.0 if greedy else self.top_p,
-            min_p=0.0 if greedy else self.min_p,
-            repetition_penalty=self.repetition_penalty,
+        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        values = {**defaults, **given}
+        return _sampling(
+            {**values, "top_k": max(0, values.get("top_k", 0))},  # -1 means all, too
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
             logit_bias=self.logit_bias,
             seed=None if self.seed is None else (self.seed + index) % 2**64,
         )
 
-    def texts(self, engine: Engine, most_prompt: int, most_new: int | None) -> list[Text]:
+    def texts(self, engine: Engine, defaults: JSON, most_prompt: int, most_new: int | None) -> list[Text]:
         """Return the texts to be written, by index.
 
         Args:
             engine: that writes them.
+            defaults: of `sampling_defaults`.
             most_prompt: tokens that a prompt may have.
             most_new: tokens that an answer may have; None: what the context leaves.
 
@@ -208,7 +232,7 @@ class Request(BaseModel, ABC):
         write = partial(
             engine.text, max_new_tokens=wanted or most_new, stop=self.stops, log_probabilities=self.alternatives()
         )
-        return [write(ids, sampling=self.sampling(i)) for ids in prompts for i in range(self.n)]
+        return [write(ids, sampling=self.sampling(i, defaults)) for ids in prompts for i in range(self.n)]
 
     prompt_name: ClassVar[str]
 
