@@ -266,6 +266,8 @@ def test_what_was_read_is_not_read_again(server: Server) -> None:
         ({"top_p": 0}, 400, "greater than 0", "top_p"),
         ({"n": 1000}, 400, "less than or equal to 128", "n"),
         ({"n": 120}, 400, "at most 108 are possible", None),
+        ({"n": 2, "prompt": ["w1"] * 60}, 400, "120 answers were asked for: at most 108", None),
+        ({"prompt": ["w1"] * 2000}, 400, "at most 1000 items", "prompt"),
         ({"stop": ""}, 400, "at least 1 character", "stop"),
         ({"logit_bias": {"x": 1}}, 400, "valid integer", "logit_bias"),
         ({"logit_bias": {"100000": 1}}, 400, "below 160", None),

@@ -99,10 +99,14 @@ class Api:
         self._need_model(asked.model)
         tokenizer = self._engine.tokenizer
         assert tokenizer is not None
-        most = self._limits.prompt_tokens or self._engine.context - 1
-        texts = await run_in_threadpool(asked.texts, self._engine, self._defaults, most, self._limits.new_tokens)
-        if len(texts) > self._service.most_texts:
-            raise APIError(400, f"{len(texts)} answers were asked for: at most {self._service.most_texts} are possible")
+        texts = await run_in_threadpool(
+            asked.texts,
+            self._engine,
+            self._defaults,
+            most_prompt=self._limits.prompt_tokens or self._engine.context - 1,
+            most_new=self._limits.new_tokens,
+            most_texts=self._service.most_texts,
+        )
         writing = _Writing(self._service, texts, self._limits.seconds, self.metrics)
         self.metrics.prompt_tokens.inc(sum(len(text.prompt) for text in texts[:: asked.n]))
         reply = asked.reply(self._model, tokenizer)

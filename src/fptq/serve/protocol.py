@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import time
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -73,6 +73,10 @@ def _sampling(values: JSON, **more: Any) -> Sampling:
     if values["temperature"] == 0:
         values = {name: value for name, value in values.items() if name not in ("top_p", "top_k", "min_p")}
     return Sampling(**values, **more)
+
+
+_T = TypeVar("_T")
+_Prompts: TypeAlias = Annotated[list[_T], Field(max_length=1000)]
 
 
 class APIError(Exception):
@@ -171,11 +175,15 @@ class Request(BaseModel, ABC):
         try:
             return cls.model_validate_json(body)
         except ValidationError as cause:
-            first = cause.errors(include_url=False, include_context=False)[0]
+            errors = cause.errors(include_url=False, include_context=False)
+        # of a value that may have several types: what is wrong with it in the one that it has
+        first = next((error for error in errors if not error["type"].endswith("_type")), errors[0])
         if first["type"] == "json_invalid":
             raise APIError(400, f"the body isn't JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
         path = [str(step) for step in first["loc"]]
         param = path[0] if path else None
+        if param in ("prompt", "stop"):
+            path = path[:1]  # then come names of types
         message = f"{'.'.join(path)}: {first['msg']}" if path else first["msg"]
         if first["type"] == "extra_forbidden":
             known = param in _ONLY_OFF
@@ -199,7 +207,9 @@ class Request(BaseModel, ABC):
             seed=None if self.seed is None else (self.seed + index) % 2**64,
         )
 
-    def texts(self, engine: Engine, defaults: JSON, most_prompt: int, most_new: int | None) -> list[Text]:
+    def texts(
+        self, engine: Engine, defaults: JSON, *, most_prompt: int, most_new: int | None, most_texts: int
+    ) -> list[Text]:
         """Return the texts to be written, by index.
 
         Args:
@@ -207,15 +217,18 @@ class Request(BaseModel, ABC):
             defaults: of `sampling_defaults`.
             most_prompt: tokens that a prompt may have.
             most_new: tokens that an answer may have; None: what the context leaves.
+            most_texts: answers that one request may ask for.
 
         Raises:
-            APIError: a prompt or an answer is too long.
+            APIError: a prompt or an answer is too long, or there are too many.
             GenerationError: a prompt is empty, or has ids that aren't in the vocabulary.
             TokenizerError: the model has no chat template, or it refuses the messages.
         """
         prompts = self.prompts(engine)
         if not prompts:
             raise APIError(400, "there is no prompt", param=self.prompt_name)
+        if len(prompts) * self.n > most_texts:
+            raise APIError(400, f"{len(prompts) * self.n} answers were asked for: at most {most_texts} are possible")
         wanted = self.most_tokens()
         for ids in prompts:
             if len(ids) > most_prompt or len(ids) + (wanted or 1) > engine.context:
@@ -257,7 +270,7 @@ class CompletionRequest(Request):
     """A body for /v1/completions."""
 
     prompt_name = "prompt"
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | _Prompts[str] | list[int] | _Prompts[list[int]]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
