@@ -145,7 +145,9 @@ def test_several_prompts_and_answers(server: Server, engine: Engine) -> None:
         assert again.choices[0].text == wanted[0]
 
 
-def test_the_model_says_how_to_choose_what_a_client_does_not(folder: Path, engine: Engine, tmp_path: Path) -> None:
+def test_the_model_says_how_to_choose_what_a_client_does_not(
+    folder: Path, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changed = shutil.copytree(folder, tmp_path / "q")
     config = {"eos_token_id": 1000, "temperature": 1.5, "top_k": 9, "repetition_penalty": 1.2, "do_sample": True}
     (changed / "generation_config.json").write_text(json.dumps(config))
@@ -158,6 +160,7 @@ def test_the_model_says_how_to_choose_what_a_client_does_not(folder: Path, engin
         assert answer.choices[0].text == alone(engine, "w1 w2", 16)
     (changed / "generation_config.json").write_text('{"top_p": 7}')
     assert main(["serve", str(changed), "--port", "0"]) == 1
+    assert "generation_config.json: top_p 7: needed a number above 0, up to 1" in capsys.readouterr().err
 
 
 def test_without_a_word_temperature_is_as_in_chats(server: Server, engine: Engine) -> None:

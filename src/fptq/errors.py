@@ -25,6 +25,11 @@ Every message says what is wrong and where, what was found, what is needed, and 
 """
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library's error says, or its class if it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 class FPTQError(Exception):
     """Base class: a mistake or a circumstance that the user can change."""
 

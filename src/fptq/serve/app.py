@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fptq.errors import FPTQError
 from fptq.runtime.service import Service
 from fptq.runtime.writing import Piece, Text
-from fptq.serve.metrics import Metrics
+from fptq.serve.metrics import Metrics, Watch
 from fptq.serve.protocol import APIError, ChatRequest, CompletionRequest, Reply, Request, sampling_defaults
 
 BODY_SECONDS = 30
@@ -182,7 +182,7 @@ class _Writing:
         self.texts = texts
         self._service = service
         self._events: asyncio.Queue[tuple[int, Piece | FPTQError]] = asyncio.Queue()
-        self._watches = [metrics.watch() for _ in texts]
+        self._watches = [Watch(metrics) for _ in texts]
         loop = asyncio.get_running_loop()
 
         def listen(index: int, event: Piece | FPTQError) -> None:

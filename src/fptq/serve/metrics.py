@@ -49,13 +49,9 @@ class Metrics:
         """Return all of it in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def watch(self) -> Watch:
-        """Return a watch for the tokens of one text, which begins now."""
-        return Watch(self)
-
 
 class Watch:
-    """Notes when the tokens of a text come."""
+    """Notes when the tokens of a text come, from now on."""
 
     def __init__(self, metrics: Metrics):
         self._metrics = metrics

@@ -62,9 +62,13 @@ def sampling_defaults(folder: Path) -> JSON:
         GenerationError: a value there is out of range.
         TokenizerError: the file isn't JSON.
     """
-    found = read_json(folder / "generation_config.json")
+    path = folder / "generation_config.json"
+    found = read_json(path)
     defaults = {"temperature": USUAL_TEMPERATURE} | {n: found[n] for n in _SAMPLING if found.get(n) is not None}
-    _sampling(defaults)
+    try:
+        _sampling(defaults)
+    except GenerationError as cause:
+        raise GenerationError(f"{path}: {cause}") from cause
     return defaults
 
 
