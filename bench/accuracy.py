@@ -5,7 +5,7 @@
         --data-dir DIR --limit hellaswag=2000 --dtype bfloat16 --store kept fptq=out/fptq gptq=build/…/checkpoint
 
 One model after the other, each on all texts. Ours run on the engine with their int8 KV cache, the reference and other
-programs' results in transformers, in `--dtype`. With --store what was scored isn't scored again.
+programs' results in transformers, in `--dtype` and on `--device`. With --store what was scored isn't scored again.
 
 Prints a Markdown table: every figure with its standard error, every difference to the float model, paired.
 """
@@ -33,8 +33,11 @@ REFERENCE = "float"
 MEAN_OF = {"piqa", "winogrande", "hellaswag", "arc_easy"}
 
 
-def open_scored(model: str, dtype: torch.dtype) -> Scored:
-    """Return a model to be scored: ours on the engine, what else there is in transformers, in `dtype`."""
+TEXTS_AT_ONCE = {"cpu": 8, "cuda": 64}
+
+
+def open_scored(model: str, dtype: torch.dtype, device: str) -> Scored:
+    """Return a model to be scored: ours on the engine, what else there is in transformers, in `dtype` on `device`."""
     folder = Path(model).expanduser()
     if is_checkpoint(folder):
         if Checkpoint.open(folder).record:
@@ -43,7 +46,7 @@ def open_scored(model: str, dtype: torch.dtype) -> Scored:
         other(torch.zeros(1, 1, dtype=torch.long))  # compressed weights become floats in the first pass
     else:
         other = FloatModel.open(model).load_all(torch.float32)
-    return ScoredModel(other.to(dtype), identity=f"{model}, {dtype}")
+    return ScoredModel(other.to(dtype).to(device), texts_at_once=TEXTS_AT_ONCE[device], identity=f"{model}, {dtype}")
 
 
 def score_windows_kept(model: Scored, windows: torch.Tensor, store: Path | None) -> list[float]:
@@ -83,6 +86,7 @@ def main() -> None:
         "--limit", action="append", default=[], metavar="[TASK=]N", help="windows, or a task's documents"
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu", choices=TEXTS_AT_ONCE)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--store", type=Path, metavar="FOLDER")
     parser.add_argument("--json")
@@ -104,7 +108,7 @@ def main() -> None:
     tasks: dict[str, dict[str, TaskScore]] = {}
     for name, folder in {REFERENCE: options.reference, **dict(item.split("=", 1) for item in options.models)}.items():
         start = time.perf_counter()
-        model = open_scored(folder, dtype)
+        model = open_scored(folder, dtype, options.device)
         kept = options.store / name if options.store else None
         losses[name] = score_windows_kept(model, windows, kept and kept.with_suffix(f".{options.length}.json"))
         if spec is not None:
@@ -141,7 +145,7 @@ def main() -> None:
             values = [combine([figures[name][f"{task}{end}"] for task in together]) for end in ("", "_to_float")]
             figures[name]["mean"], figures[name]["mean_to_float"] = values
             rows[name].append(with_difference(values[0], None if name == REFERENCE else values[1], ""))
-    print(f"\nreference {options.reference} in {options.dtype}; ours on the engine\n")
+    print(f"\nreference {options.reference} in {options.dtype} on {options.device}; ours on the engine\n")
     print("| " + " | ".join(heads) + " |\n| --- |" + " --- |" * (len(heads) - 1))
     for cells in rows.values():
         print("| " + " | ".join(cells) + " |")

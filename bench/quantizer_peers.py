@@ -299,6 +299,7 @@ def main() -> None:
     parser.add_argument("--ours", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--folder", type=Path, default=HERE.parent / "build" / "quantizer-peers")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where auto-round tunes")
     parser.add_argument("--at-once", type=int, default=4, help="models in memory beside the float one")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -328,6 +329,7 @@ def main() -> None:
             folder=str(results_folder / name),
             iterations=options.iterations,
             threads=options.threads,
+            device=options.device,
         )
         print(f"{name}", file=sys.stderr)
         reason = quantize(name, job, folder)

@@ -299,6 +299,21 @@ def test_reuse_of_prefixes_in_transformers(variant: str, tmp_path: Path) -> None
     assert reusing.tokens == plain.tokens if slides else reusing.tokens < 0.6 * plain.tokens
 
 
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_texts_in_one_pass(variant: str, tmp_path: Path) -> None:
+    model = FloatModel.open(str(save_tiny(tmp_path, variant, spread=0.5))).load_all(torch.float32)
+    requests = requests_with_shared_prefixes()
+    expected = dict(answer(ScoredModel(model, reuses_prefixes=False), requests))
+    together = Counting(model, texts_at_once=7)
+    found = dict(answer(together, requests))
+    assert found.keys() == set(requests)
+    for request, likelihood in found.items():
+        assert likelihood.log_probability == pytest.approx(expected[request].log_probability, abs=1e-4)
+        assert likelihood.greedy == expected[request].greedy
+    texts = {(request.context + request.continuation)[:-1] for request in requests}
+    assert together.texts == -(-len(texts) // 7)
+
+
 def test_reuse_of_prefixes_with_the_int8_cache(checkpoint: Path) -> None:
     model, _ = load(checkpoint)
     requests = requests_with_shared_prefixes()

@@ -33,6 +33,7 @@ class Job:
         folder: to write the result into, in "checkpoint".
         iterations: of the quantizers that optimize.
         threads: of the CPU.
+        device: where auto-round tunes, "cpu" or "cuda"; llm-compressor takes an accelerator by itself.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Job:
     folder: str
     iterations: int
     threads: int
+    device: str = "cpu"
 
     @property
     def checkpoint(self) -> Path:
@@ -313,7 +315,7 @@ def autoround_w4a16(job: Job) -> dict[str, Any]:
         seqlen=sequences.shape[1],
         nsamples=len(sequences),
         batch_size=BATCH,
-        device_map="cpu",
+        device_map=job.device,
         enable_torch_compile=False,
     )
     # saved by itself (format "fake"), auto-round 0.16.1 puts the float weights back
@@ -382,6 +384,7 @@ def main() -> None:
         "versions": versions(quantizer.packages),
         "seconds": round(time.perf_counter() - start, 1),
         "threads": job.threads,
+        "device": job.device,
     }
     (Path(job.folder) / "result.json").write_text(json.dumps(result, indent=2) + "\n")
 

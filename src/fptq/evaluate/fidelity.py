@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fptq.errors import EvaluationError
 from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean
@@ -59,6 +60,10 @@ class Scored(Protocol):
         Not for a model that looks at a whole text at once, such as one with quantization simulated over all its tokens.
         """
 
+    @property
+    def texts_at_once(self) -> int:
+        """How many texts `score_ends` computes together."""
+
     def score(self, window: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield log p of the whole vocabulary after each token of a window but the last, [up to HEAD_ROWS, vocabulary].
 
@@ -66,8 +71,12 @@ class Scored(Protocol):
             window: token ids [length].
         """
 
-    def score_end(self, tokens: Sequence[int], rows: int) -> Iterator[torch.Tensor]:
-        """Yield log p of the whole vocabulary after each of the last `rows` tokens, [up to HEAD_ROWS, vocabulary]."""
+    def score_ends(self, texts: Sequence[tuple[Sequence[int], int]]) -> Iterator[Iterator[torch.Tensor]]:
+        """Yield for each text log p of the vocabulary after its last tokens, in pieces [up to HEAD_ROWS, vocabulary].
+
+        Args:
+            texts: the tokens of each, and how many of its last ones are meant; at most `texts_at_once`.
+        """
 
     def write(self, tokens: Sequence[int], tokenizer: Any, writing: Writing) -> str:
         """Return the text that follows the tokens, up to an end token or one of the stop strings."""
@@ -99,6 +108,7 @@ class ScoredModel:
         model: in memory.
         new_cache: makes the KV cache of one forward pass, None for no cache.
         reuses_prefixes: False runs every text whole, in one forward pass of its own.
+        texts_at_once: texts in one forward pass; with more than one, no prefix is reused. For an accelerator.
         identity: see `Scored.identity`.
     """
 
@@ -108,6 +118,7 @@ class ScoredModel:
         new_cache: Callable[[], Any] | None = None,
         *,
         reuses_prefixes: bool = True,
+        texts_at_once: int = 1,
         identity: str = "",
     ):
         self.model = model
@@ -117,7 +128,9 @@ class ScoredModel:
         self.identity = identity
         self.vocabulary: int = model.config.vocab_size
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
-        self.reuses_prefixes = reuses_prefixes
+        self.reuses_prefixes = reuses_prefixes and texts_at_once == 1
+        self.texts_at_once = texts_at_once
+        self._device = next(model.parameters()).device
         self._new_cache = new_cache or (lambda: None)
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
         self._text: tuple[int, ...] = ()
@@ -139,11 +152,21 @@ class ScoredModel:
 
     def score(self, window: torch.Tensor) -> Iterator[torch.Tensor]:
         """See `Scored.score`."""
-        for rows in self.hidden(window[None])[0, :-1].split(HEAD_ROWS):
+        for rows in self.hidden(window[None].to(self._device))[0, :-1].split(HEAD_ROWS):
             yield self.log_probabilities(rows)
 
-    def score_end(self, tokens: Sequence[int], rows: int) -> Iterator[torch.Tensor]:
-        """See `Scored.score_end`."""
+    def score_ends(self, texts: Sequence[tuple[Sequence[int], int]]) -> Iterator[Iterator[torch.Tensor]]:
+        """See `Scored.score_ends`. Texts are padded on the right, where no token before the padding looks."""
+        if self.texts_at_once == 1:
+            yield from (self._score_end(tokens, rows) for tokens, rows in texts)
+            return
+        padded = pad_sequence([torch.tensor(tokens) for tokens, _ in texts], batch_first=True)
+        for hidden, (tokens, rows) in zip(self.hidden(padded.to(self._device)), texts, strict=True):
+            parts = hidden[len(tokens) - rows : len(tokens)].split(HEAD_ROWS)
+            yield (self.log_probabilities(part) for part in parts)
+
+    def _score_end(self, tokens: Sequence[int], rows: int) -> Iterator[torch.Tensor]:
+        """Yield what `score_ends` does of one text."""
         kept, cache = 0, None
         if self.reuses_prefixes:
             kept = min(_shared(self._text, tokens), len(tokens) - rows)
@@ -152,7 +175,7 @@ class ScoredModel:
                 kept, self._cache = 0, empty_cache(self.model) if own is None else own
             cache = self._cache
             self._text = ()  # the cache has no text until the forward pass is through
-        hidden = self.hidden(torch.tensor([tokens[kept:]]), cache)[0, -rows:]
+        hidden = self.hidden(torch.tensor([tokens[kept:]], device=self._device), cache)[0, -rows:]
         self._text = tuple(tokens) if self.reuses_prefixes else ()
         for part in hidden.split(HEAD_ROWS):
             yield self.log_probabilities(part)
@@ -165,8 +188,8 @@ class ScoredModel:
         sampling = {"temperature": writing.temperature, "top_k": writing.top_k, "top_p": writing.top_p}
         greedy = {"temperature": None, "top_k": None, "top_p": None}
         output = self.model.generate(
-            torch.tensor([tokens]),
-            attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+            torch.tensor([tokens], device=self._device),
+            attention_mask=torch.ones(1, len(tokens), dtype=torch.long, device=self._device),
             max_new_tokens=writing.max_new_tokens,
             stop_strings=list(writing.stop) or None,
             tokenizer=tokenizer,
@@ -188,6 +211,7 @@ class ScoredEngine:
         self.vocabulary = engine.plan.vocabulary
         self.context: int | None = engine.context
         self.reuses_prefixes = reuses_prefixes
+        self.texts_at_once = 1
         self._text: tuple[int, ...] = ()
         self._sequence = engine.sequence()
 
@@ -197,8 +221,12 @@ class ScoredEngine:
         for logits in self.engine.score(window[:-1].tolist(), rows=HEAD_ROWS):
             yield torch.log_softmax(torch.from_numpy(logits), dim=-1)
 
-    def score_end(self, tokens: Sequence[int], rows: int) -> Iterator[torch.Tensor]:
-        """See `Scored.score_end`."""
+    def score_ends(self, texts: Sequence[tuple[Sequence[int], int]]) -> Iterator[Iterator[torch.Tensor]]:
+        """See `Scored.score_ends`."""
+        return (self._score_end(tokens, rows) for tokens, rows in texts)
+
+    def _score_end(self, tokens: Sequence[int], rows: int) -> Iterator[torch.Tensor]:
+        """Yield what `score_ends` does of one text."""
         first = len(tokens) - rows
         start = min(_shared(self._text, tokens), first) if self.reuses_prefixes else 0
         self._sequence.truncate(start)
@@ -293,7 +321,7 @@ def _score_window(models: Mapping[str, Scored], window: torch.Tensor) -> dict[st
         reference = logs.get("reference")
         for name, log in logs.items():
             total = totals[name]
-            total["loss"] -= float(log.gather(1, target).double().sum())
+            total["loss"] -= float(log.gather(1, target.to(log.device)).double().sum())
             if reference is None or name == "reference":
                 continue
             divergence = float((reference.exp() * (reference - log)).double().sum())

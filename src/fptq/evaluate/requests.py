@@ -3,6 +3,8 @@
 Requests are answered text by text in the order of their tokens, so that a text begins like the one before it, and a
 model that `reuses_prefixes` computes only what is new: the answers of a multiple-choice question share its whole
 prompt, the questions of a few-shot task share their examples.
+
+A model that computes several texts at once gets them in the order of their lengths instead.
 """
 
 from __future__ import annotations
@@ -47,13 +49,18 @@ def answer(model: Scored, requests: Iterable[Request]) -> Iterator[tuple[Request
     texts: dict[tuple[int, ...], list[Request]] = {}
     for request in dict.fromkeys(requests):
         texts.setdefault((request.context + request.continuation)[:-1], []).append(request)
-    for tokens in sorted(texts):
-        yield from zip(texts[tokens], _answer_text(model, tokens, texts[tokens]), strict=True)
+    together = model.texts_at_once
+    order = sorted(texts) if together == 1 else sorted(texts, key=len)  # texts of one pass are padded to the longest
+    for first in range(0, len(order), together):
+        asked = [texts[tokens] for tokens in order[first : first + together]]
+        rows = [max(len(request.continuation) for request in requests) for requests in asked]
+        ends = model.score_ends(list(zip(order[first : first + together], rows, strict=True)))
+        for requests, count, pieces in zip(asked, rows, ends, strict=True):
+            yield from zip(requests, _answer_text(pieces, count, requests), strict=True)
 
 
-def _answer_text(model: Scored, tokens: tuple[int, ...], requests: Sequence[Request]) -> list[Likelihood]:
-    """Return the answers to requests that have the text `tokens` and any last token."""
-    rows = max(len(request.continuation) for request in requests)
+def _answer_text(pieces: Iterable[torch.Tensor], rows: int, requests: Sequence[Request]) -> list[Likelihood]:
+    """Return the answers to requests of one text: `pieces` of log p after its last `rows` tokens."""
     targets = torch.zeros(rows, len(requests), dtype=torch.long)
     asked = torch.zeros(rows, len(requests), dtype=torch.bool)
     for column, request in enumerate(requests):
@@ -63,9 +70,10 @@ def _answer_text(model: Scored, tokens: tuple[int, ...], requests: Sequence[Requ
     totals = torch.zeros(len(requests), dtype=torch.float64)
     greedy = torch.ones(len(requests), dtype=torch.bool)
     done = 0
-    for piece in model.score_end(tokens, rows):
+    for piece in pieces:
         part = slice(done, done + len(piece))
-        totals += piece.gather(1, targets[part]).double().where(asked[part], 0.0).sum(0)
-        greedy &= ((piece.argmax(1, keepdim=True) == targets[part]) | ~asked[part]).all(0)
+        found = piece.gather(1, targets[part].to(piece.device)).cpu()
+        totals += found.double().where(asked[part], 0.0).sum(0)
+        greedy &= ((piece.argmax(1, keepdim=True).cpu() == targets[part]) | ~asked[part]).all(0)
         done = part.stop
     return [Likelihood(total, hit) for total, hit in zip(totals.tolist(), greedy.tolist(), strict=True)]
