@@ -7,20 +7,21 @@
 One model after the other, each on all texts. Ours run on the engine with their int8 KV cache, the reference and other
 programs' results in transformers, in `--dtype` and on `--device`. With --store what was scored isn't scored again.
 
-Prints a Markdown table: every figure with its standard error, every difference to the float model, paired.
+Prints Markdown tables: every figure with its standard error, every difference to the float model, paired, and those
+from one result to another.
 """
 
 import argparse
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from fptq.checkpoint import Checkpoint, is_checkpoint
-from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean
+from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean_of_estimates, perplexity_ratio
 from fptq.evaluate.fidelity import Scored, ScoredModel, cut_windows, window_losses
 from fptq.evaluate.runner import open_model
 from fptq.evaluate.scores import TaskScore, TaskSpec
@@ -30,7 +31,8 @@ from fptq.models.text import beginning_of_sequence, read_text
 from fptq.report.tables import format_estimate
 
 REFERENCE = "float"
-MEAN_OF = {"piqa", "winogrande", "hellaswag", "arc_easy"}
+PERPLEXITY = "perplexity"
+COMMON_SENSE = {"piqa", "winogrande", "hellaswag", "arc_easy"}
 
 
 TEXTS_AT_ONCE = {"cpu": 8, "cuda": 64}
@@ -65,13 +67,67 @@ def score_windows_kept(model: Scored, windows: torch.Tensor, store: Path | None)
     return losses[: len(windows)]
 
 
-def with_difference(value: Estimate, difference: Estimate | None, sign: str) -> str:
-    """Return a cell: a value and, in brackets, its paired difference to the float model."""
-    cell = format_estimate(value)
-    if difference is None:
-        return cell
-    error = f" ± {100 * difference.standard_error:.2f}" if difference.standard_error is not None else ""
-    return f"{cell} ({100 * difference.value:+.2f}{error}{sign})"
+@dataclass
+class Result:
+    """What one model has: a loss for each window, in nats a token, and the scores of tasks."""
+
+    losses: list[float]
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Estimate]:
+        """Return every figure by its name: perplexity, and accuracies as shares."""
+        perplexity = {PERPLEXITY: exponential_of_mean(self.losses)} if self.losses else {}
+        return perplexity | with_mean({name: score.estimate for name, score in self.tasks.items()})
+
+    def differences(self, base: "Result") -> dict[str, Estimate]:
+        """Return how every figure differs from another model's, paired: of the perplexity the relative increase."""
+        increase = {PERPLEXITY: perplexity_ratio(self.losses, base.losses).increase()} if self.losses else {}
+        accuracies = {name: score.differences(base.tasks[name])[score.metric] for name, score in self.tasks.items()}
+        return increase | with_mean(accuracies)
+
+
+def with_mean(figures: dict[str, Estimate]) -> dict[str, Estimate]:
+    """Add the mean of the common-sense tasks, if there are several."""
+    together = [name for name in figures if name in COMMON_SENSE]
+    mean = {f"mean of {', '.join(together)}": mean_of_estimates([figures[name] for name in together])}
+    return figures | (mean if len(together) > 1 else {})
+
+
+def cell(metric: str, figure: Estimate | None, difference: Estimate | None) -> str:
+    """Return a figure, and in brackets a difference, in percent or percentage points."""
+    parts = []
+    if figure is not None:
+        parts = [format_estimate(figure if metric == PERPLEXITY else figure.scaled(100))]
+    if difference is not None:
+        error = f" ± {100 * difference.standard_error:.2f}" if difference.standard_error is not None else ""
+        shown = f"{100 * difference.value:+.2f}{error}{' %' if metric == PERPLEXITY else ''}"
+        parts.append(f"({shown})" if parts else shown)
+    return " ".join(parts)
+
+
+def markdown(results: dict[str, Result], counts: dict[str, str]) -> str:
+    """Return both tables; accuracies and their differences in percent and percentage points.
+
+    Args:
+        results: by model, the float model first.
+        counts: how many windows or documents a metric has, as it is shown.
+    """
+    metrics = list(results[REFERENCE].figures())
+    heads = [f"{metric}, {counts[metric]}" if metric in counts else metric for metric in metrics]
+    lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(metrics)]
+    for name, result in results.items():
+        figures = result.figures()
+        differences = result.differences(results[REFERENCE]) if name != REFERENCE else {}
+        cells = [cell(metric, figures[metric], differences.get(metric)) for metric in metrics]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "| one to another | " + " | ".join(metrics) + " |", lines[1]]
+    names = [name for name in results if name != REFERENCE]
+    for i, base in enumerate(names):
+        for name in names[i + 1 :]:
+            differences = results[name].differences(results[base])
+            cells = [cell(metric, None, differences[metric]) for metric in metrics]
+            lines.append(f"| {name} to {base} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -92,7 +148,6 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)
     limits = {task: int(count) for task, _, count in (given.rpartition("=") for given in options.limit)}
     limit = limits.pop("", None)
     spec = TaskSpec(tuple(options.tasks.split(",")), options.data_dir, limit, limits=limits) if options.tasks else None
@@ -104,68 +159,29 @@ def main() -> None:
     if options.store:
         options.store.mkdir(parents=True, exist_ok=True)
 
-    losses: dict[str, list[float]] = {}
-    tasks: dict[str, dict[str, TaskScore]] = {}
+    results: dict[str, Result] = {}
     for name, folder in {REFERENCE: options.reference, **dict(item.split("=", 1) for item in options.models)}.items():
         start = time.perf_counter()
-        model = open_scored(folder, dtype, options.device)
+        model = open_scored(folder, getattr(torch, options.dtype), options.device)
         kept = options.store / name if options.store else None
-        losses[name] = score_windows_kept(model, windows, kept and kept.with_suffix(f".{options.length}.json"))
+        results[name] = Result(score_windows_kept(model, windows, kept and kept.with_suffix(f".{options.length}.json")))
         if spec is not None:
-            tasks[name] = run_tasks(model, tokenizer, spec, store=kept and kept.with_suffix(".jsonl"))
+            results[name].tasks = run_tasks(model, tokenizer, spec, store=kept and kept.with_suffix(".jsonl"))
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
         del model
 
-    figures: dict[str, dict[str, Estimate]] = {name: {} for name in losses}
-    rows = {name: [name] for name in losses}
-    heads = [""]
-    for name, values in losses.items():
-        if len(windows):
-            figures[name]["perplexity"] = exponential_of_mean(values)
-            ratio = exponential_of_mean([a - b for a, b in zip(values, losses[REFERENCE], strict=True)])
-            difference = Estimate(ratio.value - 1, ratio.standard_error)
-            figures[name]["perplexity_to_float"] = difference
-            rows[name].append(
-                with_difference(figures[name]["perplexity"], None if name == REFERENCE else difference, " %")
-            )
-    heads += [f"perplexity, {len(windows)} windows"] if len(windows) else []
-    for task in spec.tasks if spec else ():
-        base = tasks[REFERENCE][task]
-        heads.append(f"{task}, {sum(base.documents.values())}")
-        for name in losses:
-            score = tasks[name][task]
-            figures[name][task] = score.estimate
-            figures[name][f"{task}_to_float"] = score.differences(base)[score.metric]
-            paired = None if name == REFERENCE else figures[name][f"{task}_to_float"]
-            rows[name].append(with_difference(score.estimate, paired, ""))
-    together = [task for task in spec.tasks if task in MEAN_OF] if spec else []
-    if len(together) > 1:
-        heads.append(f"mean of {', '.join(together)}")
-        for name in losses:
-            values = [combine([figures[name][f"{task}{end}"] for task in together]) for end in ("", "_to_float")]
-            figures[name]["mean"], figures[name]["mean_to_float"] = values
-            rows[name].append(with_difference(values[0], None if name == REFERENCE else values[1], ""))
+    counts = {task: str(sum(score.documents.values())) for task, score in results[REFERENCE].tasks.items()}
     print(f"\nreference {options.reference} in {options.dtype} on {options.device}; ours on the engine\n")
-    print("| " + " | ".join(heads) + " |\n| --- |" + " --- |" * (len(heads) - 1))
-    for cells in rows.values():
-        print("| " + " | ".join(cells) + " |")
-    if options.text:
-        print("\nperplexity, one to another:")
-        names = list(losses)
-        for i, one in enumerate(names[1:], 1):
-            for other in names[i + 1 :]:
-                ratio = exponential_of_mean([a - b for a, b in zip(losses[other], losses[one], strict=True)])
-                print(f"{other} to {one}: {100 * (ratio.value - 1):+.2f} ± {100 * (ratio.standard_error or 0):.2f} %")
+    print(markdown(results, {PERPLEXITY: f"{len(windows)} windows", **counts}))
     if options.json:
-        values = {name: {metric: asdict(e) for metric, e in found.items()} for name, found in figures.items()}
-        Path(options.json).write_text(json.dumps({"windows": len(windows), "scores": values}, indent=2) + "\n")
-
-
-def combine(estimates: list[Estimate]) -> Estimate:
-    """Return the mean of independent estimates."""
-    value = mean([estimate.value for estimate in estimates]).value
-    errors = [estimate.standard_error or 0.0 for estimate in estimates]
-    return Estimate(value, sum(error**2 for error in errors) ** 0.5 / len(estimates))
+        found = {
+            name: {
+                "figures": {metric: asdict(figure) for metric, figure in result.figures().items()},
+                "to_float": {m: asdict(difference) for m, difference in result.differences(results[REFERENCE]).items()},
+            }
+            for name, result in results.items()
+        }
+        Path(options.json).write_text(json.dumps({"windows": len(windows), "scores": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

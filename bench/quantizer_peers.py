@@ -29,7 +29,7 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme
 from transformers import AutoModelForCausalLM
 
-from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean
+from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean, perplexity_ratio
 from fptq.evaluate.fidelity import Scored, ScoredModel, cut_windows, score_windows
 from fptq.evaluate.runner import open_models
 from fptq.models.loading import FloatModel
@@ -207,15 +207,12 @@ def score_window(models: dict[str, Scored], window: torch.Tensor) -> dict[str, d
     return found
 
 
-def paired(losses: Sequence[float], others: Sequence[float]) -> Estimate:
-    """Return the ratio of two perplexities, less 1; its error is that of the differences of the same windows."""
-    ratio = exponential_of_mean([loss - other for loss, other in zip(losses, others, strict=True)])
-    return Estimate(ratio.value - 1, ratio.standard_error)
-
-
 def summarize(scores: Scores, reference: Scores) -> dict[str, Estimate]:
     """Return a model's figures with their errors."""
-    figures = {"perplexity": exponential_of_mean(scores.loss), "to_float": paired(scores.loss, reference.loss)}
+    figures = {
+        "perplexity": exponential_of_mean(scores.loss),
+        "to_float": perplexity_ratio(scores.loss, reference.loss).increase(),
+    }
     if scores.kl_divergence:
         figures |= {"kl_divergence": mean(scores.kl_divergence), "top1_agreement": mean(scores.top1_agreement)}
     return figures
@@ -235,7 +232,7 @@ def pairs(scores: dict[str, Scores], ours: dict[str, str], peers: dict[str, Path
         for peer in same:
             losses = zip(scores[name].loss, scores[peer].loss, strict=True)
             loss = mean([a - b for a, b in losses])
-            ratio = paired(scores[name].loss, scores[peer].loss)
+            ratio = perplexity_ratio(scores[name].loss, scores[peer].loss).increase()
             found.append({"ours": name, "peer": peer, "loss_difference": asdict(loss), "perplexity": asdict(ratio)})
     return found
 

@@ -18,7 +18,7 @@ import torch
 import fptq
 from fptq.checkpoint import Checkpoint
 from fptq.errors import EvaluationError, OutputError, QuantizationError
-from fptq.evaluate.estimates import Estimate, exponential_of_mean
+from fptq.evaluate.estimates import Estimate, exponential_of_mean, perplexity_ratio
 from fptq.evaluate.fidelity import Scored, cut_windows, window_losses
 from fptq.evaluate.runner import AUTO, load_text, open_model
 from fptq.evaluate.scores import TaskScore, TaskSpec
@@ -142,7 +142,7 @@ class Result:
 
     def perplexity_ratio(self, base: Result) -> Estimate:
         """Return the ratio to another contender's perplexity, paired by windows."""
-        return exponential_of_mean([a - b for a, b in zip(self.losses, base.losses, strict=True)])
+        return perplexity_ratio(self.losses, base.losses)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the layers, JSON-ready, with estimates beside the values that they come from."""

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fptq.errors import EvaluationError
-from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean
+from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean, perplexity_ratio
 from fptq.evaluate.requests import Request, answer
 from fptq.integrations.transformers import W4A8Linear, crop_cache
 from fptq.models.loading import cache_argument
@@ -299,8 +299,7 @@ def score_windows(
     for name, metrics in sums.items():
         scores[name] = {"perplexity": exponential_of_mean(metrics["loss"])}
         if "reference" in models and name != "reference":
-            pairs = zip(metrics["loss"], sums["reference"]["loss"], strict=True)
-            scores[name]["perplexity_ratio"] = exponential_of_mean([loss - base for loss, base in pairs])
+            scores[name]["perplexity_ratio"] = perplexity_ratio(metrics["loss"], sums["reference"]["loss"])
             scores[name] |= {metric: mean(metrics[metric]) for metric in ("kl_divergence", "top1_agreement")}
     return scores
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fptq.errors import ReportError
-from fptq.evaluate.estimates import Estimate, exponential_of_mean
+from fptq.evaluate.estimates import Estimate, exponential_of_mean, perplexity_ratio
 from fptq.evaluate.scores import PERPLEXITY, TaskScore
 from fptq.report.subject import EVALUATION_FILE, Subject, estimate
 
@@ -70,24 +70,24 @@ def _evaluated(label: str, values: Mapping[str, Any]) -> list[Accuracy]:
         for row, part in ((floating, "reference"), (own, "quantized")):
             figure = estimate(values, part, metric)
             if figure is not None:
-                row.figures[name] = _scaled(figure, factor)
+                row.figures[name] = figure.scaled(factor)
     for name, metric, factor in ((_KL, "kl_divergence", 1.0), (_TOP1, "top1_agreement", 100.0)):
         figure = estimate(values, metric)
         if figure is not None:
-            own.figures[name] = _scaled(figure, factor)
+            own.figures[name] = figure.scaled(factor)
     ratio, points = estimate(values, "perplexity_ratio"), estimate(values, "lambada_difference")
     if ratio is not None:
-        own.differences[_PERPLEXITY] = _increase(ratio)
+        own.differences[_PERPLEXITY] = ratio.increase().scaled(100.0)
     if points is not None:
-        own.differences[_LAMBADA] = _scaled(points, 100.0)
+        own.differences[_LAMBADA] = points.scaled(100.0)
     for task, score in values.get("tasks", {}).items():
         metric = score["metric"]
         factor = 1.0 if metric == PERPLEXITY else 100.0
         for row, part in ((floating, "reference"), (own, "quantized")):
             if part in score:
-                row.figures[task] = _scaled(Estimate(**score[part][metric]), factor)
+                row.figures[task] = Estimate(**score[part][metric]).scaled(factor)
         if "difference" in score and metric != PERPLEXITY:
-            own.differences[task] = _scaled(Estimate(**score["difference"][metric]), 100.0)
+            own.differences[task] = Estimate(**score["difference"][metric]).scaled(100.0)
     return [floating, own] if floating.figures else [own]
 
 
@@ -100,12 +100,11 @@ def _compared(comparison: Mapping[str, Any]) -> list[Accuracy]:
         row = Accuracy(FLOAT if result["label"] == "fp" else result["label"])
         if result["losses"]:
             row.figures[_PERPLEXITY] = exponential_of_mean(result["losses"])
-            pairs = zip(result["losses"], base["losses"], strict=True)
-            row.differences[_PERPLEXITY] = _increase(exponential_of_mean([a - b for a, b in pairs]))
+            row.differences[_PERPLEXITY] = perplexity_ratio(result["losses"], base["losses"]).increase().scaled(100.0)
         for task, score in _tasks(result).items():
             if score.metric != PERPLEXITY:
-                row.figures[task] = _scaled(score.estimate, 100.0)
-                row.differences[task] = _scaled(score.differences(base_tasks[task])[score.metric], 100.0)
+                row.figures[task] = score.estimate.scaled(100.0)
+                row.differences[task] = score.differences(base_tasks[task])[score.metric].scaled(100.0)
         if result is base:
             row.differences.clear()
         found.append(row)
@@ -117,13 +116,3 @@ def _tasks(result: Mapping[str, Any]) -> dict[str, TaskScore]:
         name: TaskScore(**{key: value for key, value in score.items() if key != "estimates"})
         for name, score in result["tasks"].items()
     }
-
-
-def _scaled(figure: Estimate, factor: float) -> Estimate:
-    error = figure.standard_error
-    return Estimate(factor * figure.value, None if error is None else factor * error)
-
-
-def _increase(ratio: Estimate) -> Estimate:
-    """Return a ratio of perplexities as an increase in percent."""
-    return _scaled(Estimate(ratio.value - 1, ratio.standard_error), 100.0)

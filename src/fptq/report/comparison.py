@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fptq.evaluate.compare import Result, layer_losses
-from fptq.evaluate.estimates import Estimate
+from fptq.evaluate.estimates import mean_of_estimates
 from fptq.evaluate.paper import COMMON_SENSE, MMLU
 from fptq.evaluate.scores import PERPLEXITY
 from fptq.report.tables import format_estimate, format_table
@@ -97,9 +97,11 @@ def _columns(result: Result) -> list[str]:
 
 def _scores(result: Result, columns: Sequence[str]) -> list[str]:
     figures = {_SHORT.get(name, name): score.estimate for name, score in result.tasks.items()}
-    cells = {name: format_estimate(percent(figure)) for name, figure in figures.items()}
+    cells = {name: format_estimate(figure.scaled(100.0)) for name, figure in figures.items()}
     if _COMMON in columns:
-        cells[_COMMON] = format_estimate(percent(_mean([figures[_SHORT[name]] for name in COMMON_SENSE])))
+        cells[_COMMON] = format_estimate(
+            mean_of_estimates([figures[_SHORT[name]] for name in COMMON_SENSE]).scaled(100.0)
+        )
     if result.perplexity is not None:
         cells["perplexity"] = format_estimate(result.perplexity)
     return [cells[column] for column in columns]
@@ -111,27 +113,15 @@ def _differences(result: Result, base: Result, columns: Sequence[str]) -> list[s
         for name, score in result.tasks.items()
         if score.metric != PERPLEXITY
     }
-    cells = {name: format_estimate(percent(figure), "+") for name, figure in figures.items()}
+    cells = {name: format_estimate(figure.scaled(100.0), "+") for name, figure in figures.items()}
     if _COMMON in columns:
-        cells[_COMMON] = format_estimate(percent(_mean([figures[_SHORT[name]] for name in COMMON_SENSE])), "+")
+        cells[_COMMON] = format_estimate(
+            mean_of_estimates([figures[_SHORT[name]] for name in COMMON_SENSE]).scaled(100.0), "+"
+        )
     if result.losses:
         ratio = result.perplexity_ratio(base)
-        cells["perplexity"] = format_estimate(percent(Estimate(ratio.value - 1, ratio.standard_error)), "+")
+        cells["perplexity"] = format_estimate(ratio.increase().scaled(100.0), "+")
     return [cells.get(column, "") for column in columns]
-
-
-def percent(estimate: Estimate) -> Estimate:
-    """Return a share as a percentage."""
-    error = estimate.standard_error
-    return Estimate(100 * estimate.value, None if error is None else 100 * error)
-
-
-def _mean(figures: Sequence[Estimate]) -> Estimate:
-    """Return the mean of independent figures."""
-    errors = [figure.standard_error for figure in figures]
-    known = [error for error in errors if error is not None]
-    error = math.sqrt(math.fsum(e * e for e in known)) / len(figures) if len(known) == len(errors) else None
-    return Estimate(math.fsum(figure.value for figure in figures) / len(figures), error)
 
 
 def layer_table(one: Result, other: Result, count: int = 12) -> list[Table]:

@@ -217,10 +217,10 @@ def accuracy_table(
         difference = ""
         if metric == "perplexity":
             ratio = quantized["perplexity_ratio"]
-            difference = format_estimate(Estimate(100 * (ratio.value - 1), _scaled(ratio.standard_error)), "+") + " %"
+            difference = format_estimate(ratio.increase().scaled(100.0), "+") + " %"
         elif metric == "lambada_accuracy":
             points = quantized["lambada_difference"]
-            difference = format_estimate(Estimate(100 * points.value, _scaled(points.standard_error)), "+") + " points"
+            difference = format_estimate(points.scaled(100.0), "+") + " points"
         rows.append([labels[metric], base, format_estimate(quantized[metric]), difference])
     return format_table(["", "reference" if subject == "float" else "float", subject, "difference"], rows)
 
@@ -247,7 +247,7 @@ def task_table(scores: dict[str, TaskScore], reference: dict[str, TaskScore] | N
 
 def _figure(metric: str, estimate: Estimate, sign: str = "") -> str:
     if metric != PERPLEXITY:
-        percent = format_estimate(Estimate(100 * estimate.value, _scaled(estimate.standard_error)), sign)
+        percent = format_estimate(estimate.scaled(100.0), sign)
         return f"{percent} {'points' if sign else '%'}"
     return format_estimate(estimate) if not sign else f"× {format_estimate(estimate)}"
 
@@ -256,7 +256,3 @@ def format_estimate(estimate: Estimate, sign: str = "") -> str:
     """Return "value ± standard error", with `sign` "+" also the sign of a positive value."""
     error = "" if estimate.standard_error is None else f" ± {estimate.standard_error:.2g}"
     return f"{round(estimate.value, 12):{sign}.4g}{error}"  # a mean of points that cancel is 0, not 1e-16
-
-
-def _scaled(error: float | None) -> float | None:
-    return None if error is None else 100 * error
