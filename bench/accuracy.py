@@ -89,8 +89,9 @@ class Result:
 def with_mean(figures: dict[str, Estimate]) -> dict[str, Estimate]:
     """Add the mean of the common-sense tasks, if there are several."""
     together = [name for name in figures if name in COMMON_SENSE]
-    mean = {f"mean of {', '.join(together)}": mean_of_estimates([figures[name] for name in together])}
-    return figures | (mean if len(together) > 1 else {})
+    if len(together) < 2:
+        return figures
+    return figures | {f"mean of {', '.join(together)}": mean_of_estimates([figures[name] for name in together])}
 
 
 def cell(metric: str, figure: Estimate | None, difference: Estimate | None) -> str:

@@ -97,6 +97,8 @@ class Recipe:
         clipping: how far each weight scale shrinks: "learned" finds it by gradient descent on the layer's output error
             (LWC), "search" tries ratios for each group, and gives the step a sign.
         low_rank: rank of the float correction that is added to the weights (ZeroQuant-V2's LoRC).
+        tuning_steps: steps of tuning each block's rounding and weight scales by the error of its output, from where
+            `rounding` left them (after AutoRound's SignRound).
         propagate_error: a block is calibrated on the outputs of the quantized blocks before it, not of the float ones.
         int8_roles: roles whose weights get 8 bits.
         training_steps: steps of quantization-aware training, on text that the model generates, before all else
@@ -123,6 +125,7 @@ class Recipe:
     rounding: str = "nearest"
     clipping: str = "none"
     low_rank: int = 0
+    tuning_steps: int = 0
     propagate_error: bool = False
     int8_roles: tuple[str, ...] = ()
     training_steps: int = 0
@@ -150,11 +153,13 @@ class Recipe:
             raise QuantizationError(f"alpha = {self.alpha}: needed a number above 0 and at most {highest}")
         if not 50 <= self.percentile <= 100:
             raise QuantizationError(f"percentile {self.percentile}: needed 50 to 100")
-        if self.clusters < 1 or self.low_rank < 0 or self.training_steps < 0:
+        if self.clusters < 1 or min(self.low_rank, self.tuning_steps, self.training_steps) < 0:
             raise QuantizationError(
-                f"clusters {self.clusters}, low_rank {self.low_rank}, training_steps {self.training_steps}: needed at "
-                "least 1, 0 and 0"
+                f"clusters {self.clusters}, low_rank {self.low_rank}, tuning_steps {self.tuning_steps}, training_steps "
+                f"{self.training_steps}: needed at least 1, 0, 0 and 0"
             )
+        if self.tuning_steps and (self.low_rank or not self.propagate_error):
+            raise QuantizationError("tuning_steps: needed propagate_error, and no low_rank")
         per_token = self.activations == "dynamic" and self.kv_cache == "int8"
         weight_only = self.activations == "float" and self.kv_cache == "float"
         plain = self.equalization == "none" and not self.int8_roles and (per_token or weight_only)

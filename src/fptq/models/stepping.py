@@ -97,6 +97,12 @@ class BlockStepper:
 
         The block's weights must be loaded in that dtype.
         """
+        return self.run_with_gradients(index, hidden, observe_cache)
+
+    def run_with_gradients(
+        self, index: int, hidden: torch.Tensor, observe_cache: CacheObserver | None = None
+    ) -> torch.Tensor:
+        """Return what `run` does, as a function of all that asks for gradients."""
         call = self._calls[hidden.shape[0]][index]
 
         def visit(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

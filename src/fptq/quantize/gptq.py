@@ -43,8 +43,10 @@ class Compensation:
         return cls(order, _inverse_factor(gram[order[:, None], order], damping))
 
 
-def round_gptq(weight: torch.Tensor, compensation: Compensation, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return int8 codes [n, k] of a weight that minimize the output error, greedily.
+def round_gptq(
+    weight: torch.Tensor, compensation: Compensation, scales: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes of a weight that minimize the output error, greedily, and the quotients that were rounded to them.
 
     Each column has the scale of its own group, which is that of the original weights.
 
@@ -53,12 +55,15 @@ def round_gptq(weight: torch.Tensor, compensation: Compensation, scales: torch.T
         compensation: of the inputs.
         scales: float32 [n, G], of each group.
         bits: of a code.
+
+    Returns:
+        int8 [n, k] and float32 [n, k]: a quotient is the weight, with what it makes up for, over its scale.
     """
     n, k = weight.shape
     order, inverse = compensation.order, compensation.factor
     rest = weight[:, order].clone()
     step = scales.repeat_interleave(k // scales.shape[1], dim=1)[:, order]
-    codes = torch.empty(n, k, dtype=torch.int8)
+    codes, quotients = torch.empty(n, k, dtype=torch.int8), torch.empty(n, k)
     for start in range(0, k, _COLUMNS):
         stop = min(k, start + _COLUMNS)
         block, factor = rest[:, start:stop], inverse[start:stop, start:stop]
@@ -66,11 +71,12 @@ def round_gptq(weight: torch.Tensor, compensation: Compensation, scales: torch.T
         for i in range(stop - start):
             column, scale = block[:, i], step[:, start + i]
             code = numerics.quantize(column, scale, bits)
-            codes[:, start + i] = code.to(torch.int8)
+            codes[:, start + i], quotients[:, start + i] = code.to(torch.int8), column / scale
             errors[:, i] = (column - code * scale) / factor[i, i]
             block[:, i + 1 :] -= errors[:, i, None] * factor[i, i + 1 :]
         rest[:, stop:] -= errors @ inverse[start:stop, stop:]
-    return codes[:, torch.argsort(order)]
+    back = torch.argsort(order)
+    return codes[:, back], quotients[:, back]
 
 
 def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:

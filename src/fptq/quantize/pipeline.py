@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,13 @@ from fptq.quantize.quantized import quantized
 from fptq.quantize.recording import Recording
 from fptq.quantize.rounding import cache_scales, round_head, round_weights
 from fptq.quantize.sqnr import measure_sqnr
+from fptq.quantize.tuning import tune
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import Workspace, refuse_foreign
 from fptq.recipe import PER_CHANNEL, PRESETS, Activation, Recipe, get_recipe
 from fptq.shards import write_durably, write_json
+
+_PASSES_OF_A_STEP = 3  # forward, and twice that backward
 
 
 @dataclass(frozen=True)
@@ -172,8 +176,16 @@ class _Job:
         dtype = getattr(torch, self.options.compute_dtype)
         wanted = Wanted.of([self.recipe], self.data.tokens.size)
         if recording is None:
-            folder, propagates = self.workspace.folder, self.recipe.propagate_error
-            return CalibrationWalk(self.source, self.data.tokens, dtype, folder, wanted, propagates=propagates)
+            propagates, targets = self.recipe.propagate_error, self.recipe.tuning_steps > 0
+            return CalibrationWalk(
+                self.source,
+                self.data.tokens,
+                dtype,
+                self.workspace.folder,
+                wanted,
+                propagates=propagates,
+                targets=targets,
+            )
         if not self.recipe.can_be_recorded:
             raise QuantizationError(f"recipe {self.recipe.name} calibrates on other activations than the float model's")
         recorded = Recording(self.source, self.data.tokens, dtype, recording)
@@ -222,6 +234,8 @@ class _Job:
         """Quantize all blocks from `reached` on; None if the walk hasn't begun."""
         blocks, batches = len(self.source.blocks), len(self.walk.batches)
         batches *= 2 if self.recipe.propagate_error else 1
+        if self.recipe.tuning_steps:
+            batches += len(self.walk.batches) + _PASSES_OF_A_STEP * self.recipe.tuning_steps
         with progress_bar(blocks * batches, initial=(reached or 0) * batches, show=self.options.progress) as bar:
             self.walk.begin(fresh=reached is None)
             if reached is None:
@@ -247,11 +261,26 @@ class _Job:
         groups = self.source.groups
         with self.source.loaded_block(index, self.walk.dtype) as block:
             statistics = self.walk.observe(index, block, bar.update)
+            if self.recipe.tuning_steps:
+                assert isinstance(self.walk, CalibrationWalk)
+                self.walk.run_float(index, bar.update)
             if self.walk.dtype is not torch.float32:
                 self.source.load(block, name, torch.float32)  # only the activations are computed in less
             plan = decide(groups, statistics, self.recipe, name, _weights(block, groups))
             ranges = equalize_(block, groups, plan.scales, statistics)
-            linears = round_weights(block, groups, plan, statistics, self.recipe)
+            linears, quotients = round_weights(block, groups, plan, statistics, self.recipe)
+            if self.recipe.tuning_steps:
+                assert isinstance(self.walk, CalibrationWalk)
+                linears = tune(
+                    block,
+                    linears,
+                    quotients,
+                    partial(self.walk.run_with_gradients, index),
+                    partial(self.walk.example, index),
+                    len(self.walk.batches),
+                    self.recipe.tuning_steps,
+                    on_step=lambda: bar.update(_PASSES_OF_A_STEP),
+                )
             sqnr = measure_sqnr(block, linears, lambda: self.walk.run_first_batch(index))
 
             tensors = self._float_tensors(block, name, plan)

@@ -25,8 +25,8 @@ _SLAB_WEIGHTS = 1 << 24  # of a head: 64 MB in float32
 @torch.no_grad()
 def round_weights(
     block: nn.Module, groups: list[InputGroup], plan: BlockPlan, statistics: BlockStatistics, recipe: Recipe
-) -> dict[str, QuantizedLinear]:
-    """Return codes and scales of every planned linear layer.
+) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
+    """Return codes and scales of every planned linear layer, and what tuning starts from.
 
     Args:
         block: the block after equalization.
@@ -35,10 +35,14 @@ def round_weights(
         statistics: what was observed before equalization.
         recipe: says how to round.
 
+    Returns:
+        the layers by name, and float32 [n, k] of each, if the recipe tunes them: the quotients of weights and scales
+        that were rounded to the codes.
+
     Raises:
         QuantizationError: a weight or a range is too large for its scale.
     """
-    rounded = {}
+    rounded, quotients = {}, {}
     for group in groups:
         first = group.layers[0]
         planned = [name for name in group.layers if name in plan.layers]
@@ -49,7 +53,9 @@ def round_weights(
             layer = plan.layers[name]
             weight = block.get_submodule(name).weight.float()
             _check_size(name, weight)
-            codes, scales = _round(weight, gram, compensation, layer, recipe)
+            codes, scales, quotient = _round(weight, gram, compensation, layer, recipe)
+            if recipe.tuning_steps:
+                quotients[name] = quotient
             static, clusters = (layer.activation is kind for kind in (Activation.STATIC, Activation.CLUSTERS))
             rounded[name] = QuantizedLinear(
                 codes=codes.numpy(),
@@ -60,7 +66,7 @@ def round_weights(
                 channel_steps=_channel_steps(seen, s, recipe) if clusters else None,
                 low_rank=_low_rank(weight, codes, scales, recipe.low_rank) if recipe.low_rank else None,
             )
-    return rounded
+    return rounded, quotients
 
 
 def _gram_after(gram: torch.Tensor, s: np.ndarray | None) -> torch.Tensor:
@@ -82,8 +88,8 @@ def _round(
     compensation: Compensation | None,
     layer: LayerPlan,
     recipe: Recipe,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 codes [n, k] and float32 scales [n, G]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return int8 codes [n, k], float32 scales [n, G], and float32 [n, k]: the quotients that were rounded."""
     bits, size = layer.weight_bits, layer.group_size
     if recipe.clipping == "none":
         codes, scales = numerics.quantize_weight(weight, size, bits)
@@ -93,8 +99,9 @@ def _round(
         scales = clip(weight, gram, size, bits)
         codes = numerics.quantize_weight_with(weight, scales, bits)
     if compensation is not None:
-        codes = round_gptq(weight, compensation, scales, bits)
-    return codes, scales
+        codes, quotients = round_gptq(weight, compensation, scales, bits)
+        return codes, scales, quotients
+    return codes, scales, weight / scales.repeat_interleave(size, dim=1)
 
 
 def _low_rank(

@@ -1,4 +1,8 @@
-"""One walk through a float model over the calibration tokens, block by block, observed."""
+"""One walk through a float model over the calibration tokens, block by block, observed.
+
+With `propagates` the activations are those of the model as it is after each block has been quantized. A second pair of
+files carries those of the float model beside them, where tuning wants them for its targets.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,20 @@ from fptq.quantize.activations import ActivationFile
 from fptq.quantize.observe import AllSeenError, BlockStatistics, Wanted, observing
 
 _BATCH_TOKENS = 2048
+_FLOAT = "float-"  # the files' names begin so that have the float model's activations
 
 
 class CalibrationWalk:
-    """Carries the calibration activations from block to block, in two files that take turns.
+    """Carries the calibration activations from block to block, in pairs of files that take turns.
 
     Args:
         source: the float model.
         tokens: int64 [samples, length].
         dtype: the model computes, and the activations are kept, in this.
-        folder: where the two files are; a walk can go on from a block whose inputs are there.
+        folder: where the files are; a walk can go on from a block whose inputs are there.
         wanted: what to observe besides ranges.
         propagates: whether `propagate` will make each block's outputs, so that `observe` needn't.
+        targets: whether `run_float` will be asked for.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class CalibrationWalk:
         wanted: Wanted | None = None,
         *,
         propagates: bool = False,
+        targets: bool = False,
     ):
         self._source = source
         self._tokens = tokens
@@ -47,20 +54,21 @@ class CalibrationWalk:
         self._folder = folder
         self._wanted = wanted or Wanted()
         self._propagates = propagates
+        self._targets = targets
         self._stepper = BlockStepper(source, dtype)
         self.batches = cut_batches(tokens)
 
     def begin(self, *, fresh: bool) -> None:
         """Compute the first block's inputs, and learn the blocks' arguments; if not `fresh`, only the latter."""
-        inputs = self._activations(0)
+        files = [self._activations(0), *([self._activations(0, _FLOAT)] if self._targets else [])]
         one_of_each_size = {count: (start, count) for start, count in self.batches}.values()
         with self._source.loaded_embeddings(self.dtype):
             for start, count in self.batches if fresh else one_of_each_size:
                 states = self._stepper.embed(torch.from_numpy(self._tokens[start : start + count]))
-                if fresh:
-                    inputs.write(start, states)
-        if fresh:
-            inputs.flush()
+                for file in files if fresh else ():
+                    file.write(start, states)
+        for file in files if fresh else ():
+            file.flush()
 
     def observe(self, index: int, block: nn.Module, on_batch: Callable[[], object]) -> BlockStatistics:
         """Run the loaded block over all samples, keep its outputs for the next one, and return what was seen.
@@ -87,9 +95,32 @@ class CalibrationWalk:
         """
         self._run(index, on_batch, None)
 
-    def _run(self, index: int, on_batch: Callable[[], object], observe_cache: CacheObserver | None) -> None:
-        inputs, outputs = self._activations(index), self._activations(index + 1)
-        last = index + 1 == len(self._source.blocks)
+    def run_float(self, index: int, on_batch: Callable[[], object]) -> None:
+        """Run the loaded block, which must compute what the float model's does, on the float model's activations.
+
+        Raises:
+            QuantizationError: an output has a NaN or an infinity.
+        """
+        self._run(index, on_batch, None, _FLOAT)
+
+    def example(self, index: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a batch of the block's inputs, and of the float model's outputs, [samples, length, hidden] in float32.
+
+        `run_float` has to have been there.
+        """
+        where = self.batches[batch]
+        inputs, targets = self._activations(index), self._activations(index + 1, _FLOAT)
+        return inputs.read(*where).float(), targets.read(*where).float()
+
+    def run_with_gradients(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        """Return the output of the loaded block for states of a batch, for tuning."""
+        return self._stepper.run_with_gradients(index, states)
+
+    def _run(
+        self, index: int, on_batch: Callable[[], object], observe_cache: CacheObserver | None, kind: str = ""
+    ) -> None:
+        inputs, outputs = self._activations(index, kind), self._activations(index + 1, kind)
+        last = index + 1 == len(self._source.blocks) and not kind
         for start, count in self.batches:
             states = self._stepper.run(index, inputs.read(start, count), observe_cache)
             if not bool(torch.isfinite(states).all()):
@@ -112,12 +143,12 @@ class CalibrationWalk:
         self._stepper.run(index, self.first_inputs(index).float())
 
     def disk_bytes(self) -> int:
-        """Return what the two files take."""
-        return 2 * self._tokens.size * self._source.config.hidden_size * self.dtype.itemsize
+        """Return what the files take."""
+        return (4 if self._targets else 2) * self._tokens.size * self._source.config.hidden_size * self.dtype.itemsize
 
-    def _activations(self, index: int) -> ActivationFile:
-        """Return the file of block `index`'s inputs."""
-        path = self._folder / f"activations.{index % 2}"
+    def _activations(self, index: int, kind: str = "") -> ActivationFile:
+        """Return the file of block `index`'s inputs, or of the float model's."""
+        path = self._folder / f"{kind}activations.{index % 2}"
         return ActivationFile(path, self._tokens.shape[1], self._source.config.hidden_size, self.dtype)
 
 
