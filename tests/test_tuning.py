@@ -104,7 +104,7 @@ def test_one_example_is_enough() -> None:
 
 def test_the_target_is_the_float_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block's inputs come from the quantized blocks before it, its targets from the float ones."""
-    model = save_tiny(tmp_path / "model", "llama", spread=0.5)
+    model = save_tiny(tmp_path / "model", "llama", spread=0.5, num_hidden_layers=4)
     seen: dict[int, Example] = {}
     example = CalibrationWalk.example
 
@@ -113,12 +113,13 @@ def test_the_target_is_the_float_models(tmp_path: Path, monkeypatch: pytest.Monk
         return seen[index]
 
     monkeypatch.setattr(CalibrationWalk, "example", noted)
-    recipe = get_recipe("fptq-best", group_size=32, v0=2.0, tuning_steps=3)
+    skip = ("model.layers.2.*",)  # a block without a layer to tune
+    recipe = get_recipe("fptq-best", group_size=32, v0=2.0, tuning_steps=3, skip=skip)
     data = CalibrationSpec("random", samples=6, length=24)
     checkpoint = Checkpoint.open(quantize(str(model), tmp_path / "q", recipe, data, Options(progress=False)))
     assert checkpoint.record["recipe"]["tuning_steps"] == 3
     assert list(checkpoint.verify())
-    assert sorted(seen) == [0, 1]
+    assert sorted(seen) == [0, 1, 3]
     distance = (seen[1][0] - seen[0][1]).norm() / seen[0][1].norm()
     assert 1e-3 < float(distance) < 0.5, "the second block's inputs and the first one's targets"
 

@@ -269,7 +269,7 @@ class _Job:
             plan = decide(groups, statistics, self.recipe, name, _weights(block, groups))
             ranges = equalize_(block, groups, plan.scales, statistics)
             linears, quotients = round_weights(block, groups, plan, statistics, self.recipe)
-            if self.recipe.tuning_steps:
+            if self.recipe.tuning_steps and linears:
                 assert isinstance(self.walk, CalibrationWalk)
                 linears = tune(
                     block,
