@@ -23,18 +23,15 @@ from transformers import AutoModelForCausalLM
 from fptq.checkpoint import Checkpoint, is_checkpoint
 from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean_of_estimates, perplexity_ratio
 from fptq.evaluate.fidelity import Scored, ScoredModel, cut_windows, window_losses
+from fptq.evaluate.paper import COMMON_SENSE
 from fptq.evaluate.runner import open_model
-from fptq.evaluate.scores import TaskScore, TaskSpec
+from fptq.evaluate.scores import PERPLEXITY, TaskScore, TaskSpec
 from fptq.evaluate.tasks import run_tasks
 from fptq.models.loading import FloatModel
 from fptq.models.text import beginning_of_sequence, read_text
 from fptq.report.tables import format_estimate
 
 REFERENCE = "float"
-PERPLEXITY = "perplexity"
-COMMON_SENSE = {"piqa", "winogrande", "hellaswag", "arc_easy"}
-
-
 TEXTS_AT_ONCE = {"cpu": 8, "cuda": 64}
 
 

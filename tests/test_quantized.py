@@ -12,16 +12,7 @@ from fptq.checkpoint import QuantizedLinear
 from fptq.models.simulation import simulating
 from fptq.quantize.quantized import quantized
 from fptq.recipe import Activation
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(64, 96)
-        self.down = nn.Linear(96, 64, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.tanh(self.up(x)))
+from tiny import TwoLayers
 
 
 def linear_of(layer: nn.Linear, activation: Activation, bits: int = 4) -> QuantizedLinear:
@@ -32,15 +23,15 @@ def linear_of(layer: nn.Linear, activation: Activation, bits: int = 4) -> Quanti
 
 
 @pytest.fixture
-def block() -> Block:
+def block() -> TwoLayers:
     torch.manual_seed(0)
-    return Block()
+    return TwoLayers()
 
 
 @pytest.mark.parametrize("up", [Activation.STATIC, Activation.DYNAMIC, Activation.NONE, Activation.OUTLIERS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_compute_what_is_simulated(
-    block: Block, up: Activation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    block: TwoLayers, up: Activation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block.to(dtype)
     linears = {"up": linear_of(block.up.float(), up), "down": linear_of(block.down.float(), Activation.DYNAMIC, 8)}
@@ -62,7 +53,7 @@ def test_kernels_compute_what_is_simulated(
             assert torch.equal(block(x), wanted)
 
 
-def test_an_error_leaves_the_block_as_it_was(block: Block) -> None:
+def test_an_error_leaves_the_block_as_it_was(block: TwoLayers) -> None:
     x = torch.randn(3, 64)
     before = block(x)
     linears = {"up": linear_of(block.up, Activation.STATIC)}
@@ -71,7 +62,7 @@ def test_an_error_leaves_the_block_as_it_was(block: Block) -> None:
     assert torch.equal(block(x), before)
 
 
-def test_kernels_are_used(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_used(block: TwoLayers, monkeypatch: pytest.MonkeyPatch) -> None:
     linears = {"up": linear_of(block.up, Activation.STATIC)}
     weight = block.up.weight
     with quantized(block, linears):

@@ -18,19 +18,9 @@ from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.tuning import MOST_FACTOR, MOST_OFFSET, Example, tune
 from fptq.quantize.walk import CalibrationWalk
 from fptq.recipe import Activation, get_recipe
-from tiny import save_tiny
+from tiny import TwoLayers, save_tiny
 
 EXAMPLES, STEPS = 16, 60
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(64, 96)
-        self.down = nn.Linear(96, 64, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
 
 
 class Setting:
@@ -38,7 +28,7 @@ class Setting:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.block = Block().requires_grad_(False)
+        self.block = TwoLayers().requires_grad_(False)
         self.linears, self.quotients = {}, {}
         for name, activation, bits in (("up", Activation.STATIC, 4), ("down", Activation.DYNAMIC, 4)):
             weight = self.block.get_submodule(name).weight

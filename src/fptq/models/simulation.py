@@ -5,7 +5,7 @@ It equals the integer arithmetic up to the rounding of float32, and it is all th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,24 @@ def simulated_input(x: torch.Tensor, linear: QuantizedLinear) -> torch.Tensor:
         return numerics.simulate(x, linear.activation, linear.input_scale)
     steps = linear.channel_steps
     return numerics.simulate(x, linear.activation, torch.from_numpy(steps.scale), torch.from_numpy(steps.zero_point))
+
+
+@contextmanager
+def computing(block: nn.Module, forwards: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+    """Let layers of a block compute something else than what they are, for the time of the `with`.
+
+    Args:
+        block: a decoder block.
+        forwards: by the layers' names within it.
+    """
+    layers = {name: block.get_submodule(name) for name in forwards}
+    try:
+        for name, forward in forwards.items():
+            layers[name].forward = forward
+        yield
+    finally:
+        for layer in layers.values():
+            layer.__dict__.pop("forward", None)  # the class's is there again
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def round_gptq(
     order, inverse = compensation.order, compensation.factor
     rest = weight[:, order].clone()
     step = scales.repeat_interleave(k // scales.shape[1], dim=1)[:, order]
-    codes, quotients = torch.empty(n, k, dtype=torch.int8), torch.empty(n, k)
+    codes = torch.empty(n, k, dtype=torch.int8)
     for start in range(0, k, _COLUMNS):
         stop = min(k, start + _COLUMNS)
         block, factor = rest[:, start:stop], inverse[start:stop, start:stop]
@@ -71,12 +71,14 @@ def round_gptq(
         for i in range(stop - start):
             column, scale = block[:, i], step[:, start + i]
             code = numerics.quantize(column, scale, bits)
-            codes[:, start + i], quotients[:, start + i] = code.to(torch.int8), column / scale
+            codes[:, start + i] = code.to(torch.int8)
             errors[:, i] = (column - code * scale) / factor[i, i]
+            column /= scale  # no later column looks at it
             block[:, i + 1 :] -= errors[:, i, None] * factor[i, i + 1 :]
         rest[:, stop:] -= errors @ inverse[start:stop, stop:]
+    del step  # as large as what follows
     back = torch.argsort(order)
-    return codes[:, back], quotients[:, back]
+    return codes[:, back], rest[:, back]
 
 
 def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:

@@ -269,18 +269,8 @@ class _Job:
             plan = decide(groups, statistics, self.recipe, name, _weights(block, groups))
             ranges = equalize_(block, groups, plan.scales, statistics)
             linears, quotients = round_weights(block, groups, plan, statistics, self.recipe)
-            if self.recipe.tuning_steps and linears:
-                assert isinstance(self.walk, CalibrationWalk)
-                linears = tune(
-                    block,
-                    linears,
-                    quotients,
-                    partial(self.walk.run_with_gradients, index),
-                    partial(self.walk.example, index),
-                    len(self.walk.batches),
-                    self.recipe.tuning_steps,
-                    on_step=lambda: bar.update(_PASSES_OF_A_STEP),
-                )
+            if quotients:
+                linears = self._tune(index, block, linears, quotients, bar)
             sqnr = measure_sqnr(block, linears, lambda: self.walk.run_first_batch(index))
 
             tensors = self._float_tensors(block, name, plan)
@@ -314,6 +304,21 @@ class _Job:
         arrays = _statistics_arrays(name, statistics, plan)
         write_durably(writer.part(f"block-{index:05d}", ".npz"), _npz_writer(arrays))
         self.workspace.note(index + 1)
+
+    def _tune(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: dict[str, QuantizedLinear],
+        quotients: dict[str, torch.Tensor],
+        bar: Any,
+    ) -> dict[str, QuantizedLinear]:
+        """Return the layers with codes and scales that bring the block's output nearer to the float model's."""
+        assert isinstance(self.walk, CalibrationWalk)
+        run, example = partial(self.walk.run_with_gradients, index), partial(self.walk.example, index)
+        batches, steps = len(self.walk.batches), self.recipe.tuning_steps
+        on_step = partial(bar.update, _PASSES_OF_A_STEP)
+        return tune(block, linears, quotients, run, example, batches, steps, on_step=on_step)
 
     def _propagate(self, index: int, block: nn.Module, linears: dict[str, QuantizedLinear], bar: Any) -> None:
         """Make what the quantized block gives the next one's inputs."""

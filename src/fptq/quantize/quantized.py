@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fptq.checkpoint import QuantizedLinear
-from fptq.models.simulation import simulating
+from fptq.models.simulation import computing, simulating
 from fptq.recipe import Activation
 from fptq.runtime.kernels import REFERENCE, Kernels
 
@@ -31,15 +31,10 @@ def quantized(block: nn.Module, linears: Mapping[str, QuantizedLinear]) -> Itera
         for name, linear in linears.items()
         if kernels.target != REFERENCE and linear.activation.runs_in_int8 and linear.low_rank is None
     }
-    layers = {name: block.get_submodule(name) for name in run}
-    try:
-        for name, layer in layers.items():
-            layer.forward = _on_kernels(kernels, run[name], layer.bias)
-        with simulating(block, {name: linear for name, linear in linears.items() if name not in run}):
-            yield
-    finally:
-        for layer in layers.values():
-            layer.__dict__.pop("forward", None)  # the class's is there again
+    forwards = {name: _on_kernels(kernels, linear, block.get_submodule(name).bias) for name, linear in run.items()}
+    rest = {name: linear for name, linear in linears.items() if name not in run}
+    with computing(block, forwards), simulating(block, rest):
+        yield
 
 
 def _on_kernels(

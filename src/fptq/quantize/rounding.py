@@ -55,6 +55,8 @@ def round_weights(
             _check_size(name, weight)
             codes, scales, quotient = _round(weight, gram, compensation, layer, recipe)
             if recipe.tuning_steps:
+                if quotient is None:
+                    quotient = weight / scales.repeat_interleave(layer.group_size, dim=1)
                 quotients[name] = quotient
             static, clusters = (layer.activation is kind for kind in (Activation.STATIC, Activation.CLUSTERS))
             rounded[name] = QuantizedLinear(
@@ -88,8 +90,8 @@ def _round(
     compensation: Compensation | None,
     layer: LayerPlan,
     recipe: Recipe,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return int8 codes [n, k], float32 scales [n, G], and float32 [n, k]: the quotients that were rounded."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return int8 codes [n, k], float32 scales [n, G], and GPTQ's quotients float32 [n, k], None without it."""
     bits, size = layer.weight_bits, layer.group_size
     if recipe.clipping == "none":
         codes, scales = numerics.quantize_weight(weight, size, bits)
@@ -101,7 +103,7 @@ def _round(
     if compensation is not None:
         codes, quotients = round_gptq(weight, compensation, scales, bits)
         return codes, scales, quotients
-    return codes, scales, weight / scales.repeat_interleave(size, dim=1)
+    return codes, scales, None
 
 
 def _low_rank(

@@ -8,8 +8,7 @@ signs of their gradients, at a rate that falls to zero linearly. Rounding passes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.nn import functional
 
 from fptq import numerics
 from fptq.checkpoint import QuantizedLinear
-from fptq.models.simulation import simulated_input
+from fptq.models.simulation import computing, simulated_input
 
 MOST_OFFSET = 0.25
 """How far all steps together can move a quotient that is rounded."""
@@ -70,7 +69,8 @@ def tune(
         energy = targets.square().mean(-1).clamp(min=1e-30)  # of some tokens, a thousand times that of others
         return ((outputs.float() - targets).square().mean(-1) / energy).mean()
 
-    with _computing(block, layers):
+    forwards = {name: _forward_of(layer, block.get_submodule(name).bias) for name, layer in layers.items()}
+    with computing(block, forwards):
         before = sum(float(error(batch)) for batch in held_out)
         order: list[int] = []
         for step in range(steps):
@@ -142,19 +142,6 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradients[0] * ctx.saved_tensors[0], None
-
-
-@contextmanager
-def _computing(block: nn.Module, layers: Mapping[str, _Tuned]) -> Iterator[None]:
-    """Let the block's layers compute what the tuned ones do, for the time of the `with`."""
-    modules: Sequence[Any] = [block.get_submodule(name) for name in layers]
-    try:
-        for module, layer in zip(modules, layers.values(), strict=True):
-            module.forward = _forward_of(layer, module.bias)
-        yield
-    finally:
-        for module in modules:
-            module.__dict__.pop("forward", None)  # the class's is there again
 
 
 def _forward_of(layer: _Tuned, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
