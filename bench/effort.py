@@ -19,6 +19,7 @@ import matplotlib
 import torch
 
 from accuracy import open_scored, score_windows_kept
+from fptq.checkpoint import Checkpoint
 from fptq.evaluate.estimates import Estimate, exponential_of_mean, perplexity_ratio
 from fptq.evaluate.fidelity import cut_windows
 from fptq.models.loading import FloatModel
@@ -60,7 +61,10 @@ def draw(points: dict[str, tuple[float, Estimate]], title: str, file: Path) -> N
     for effort, (seconds, loss) in zip(EFFORTS, efforts, strict=True):
         axes.annotate(effort, (seconds / 60, 100 * loss.value), (6, 6), textcoords="offset points")
     axes.set(xscale="log", xlabel="minutes of quantizing", ylabel="perplexity to float, %", title=title)
-    axes.set_ylim(bottom=0)
+    minutes = [seconds / 60 for seconds, _ in points.values()]
+    axes.set_xticks(minutes, [f"{value:.2g}" for value in minutes])
+    axes.minorticks_off()
+    axes.axhline(0, color="grey", linewidth=1)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, bbox_inches="tight", metadata={"Date": None})
@@ -99,7 +103,8 @@ def main() -> None:
         increase = perplexity_ratio(values, reference).increase()
         points[name] = (seconds[name], increase)
         recipe = [PLAIN, ""] if name == PLAIN else ["fptq-best", name]
-        cells = [*recipe, str(samples[recipes[name]]), f"{seconds[name] / 60:.1f}"]
+        used = Checkpoint.open(options.output / recipes[name]).record["calibration"]["samples"]
+        cells = [*recipe, str(used), f"{seconds[name] / 60:.1f}"]
         cells += [format_estimate(exponential_of_mean(values)), format_estimate(increase.scaled(100), "+") + " %"]
         print("| " + " | ".join(cells) + " |")
     if options.plot:
