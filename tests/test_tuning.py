@@ -1,143 +1,180 @@
-"""Tuning of a block's rounding: what it wins, what bounds it, and that it never makes a block worse."""
+"""Tuning of scales and norms by the model's predictions: what it wins, what it leaves, and what bounds it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch.nn import functional
 
 from fptq import numerics
-from fptq.checkpoint import Checkpoint, QuantizedLinear
+from fptq.checkpoint import Checkpoint
 from fptq.errors import QuantizationError
-from fptq.models.simulation import simulating
+from fptq.integrations.transformers import load, new_cache
+from fptq.models.loading import FloatModel, cache_argument
 from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.quantize.tuning import MOST_FACTOR, MOST_OFFSET, Example, tune
-from fptq.quantize.walk import CalibrationWalk
-from fptq.recipe import Activation, get_recipe
-from tiny import TwoLayers, save_tiny
+from fptq.quantize.calibration import load_calibration
+from fptq.quantize.tuning import Tuner, held_out, samples_needed
+from fptq.recipe import Recipe, get_recipe
+from fptq.report.tables import checkpoint_summary
+from tiny import VARIANTS, save_tiny
 
-EXAMPLES, STEPS = 16, 60
-
-
-class Setting:
-    """A block, its layers rounded to nearest, and inputs that correlate, so that errors can make up for each other."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.block = TwoLayers().requires_grad_(False)
-        self.linears, self.quotients = {}, {}
-        for name, activation, bits in (("up", Activation.STATIC, 4), ("down", Activation.DYNAMIC, 4)):
-            weight = self.block.get_submodule(name).weight
-            codes, scales = numerics.quantize_weight(weight, 32, bits)
-            scales = scales * torch.where(torch.arange(scales.numel()).reshape(scales.shape) % 2 == 0, 1.0, -1.0)
-            codes = numerics.quantize_weight_with(weight, scales, bits)
-            step = 0.0625 if activation is Activation.STATIC else None
-            self.linears[name] = QuantizedLinear(codes.numpy(), scales.numpy(), activation, step, bits)
-            self.quotients[name] = weight / scales.repeat_interleave(32, 1)
-        mixed = torch.randn(8, 64)
-        self.inputs = torch.randn(EXAMPLES, 4, 50, 8) @ mixed
-        self.targets = self.block(self.inputs)
-
-    def example(self, i: int) -> Example:
-        return self.inputs[i], self.targets[i]
-
-    def tune(self) -> dict[str, QuantizedLinear]:
-        return tune(self.block, self.linears, self.quotients, self.block, self.example, EXAMPLES, STEPS)
-
-    def error(self, linears: dict[str, QuantizedLinear]) -> float:
-        with simulating(self.block, linears):
-            return float((self.block(self.inputs) - self.targets).square().mean())
+DATA = CalibrationSpec("random", samples=20, length=32)
+QUIET = Options(progress=False)
 
 
-def test_errors_of_a_block_make_up_for_each_other() -> None:
-    setting = Setting()
-    before = setting.block(setting.inputs)
-    tuned = setting.tune()
-    assert setting.error(tuned) < 0.7 * setting.error(setting.linears)
-    assert torch.equal(setting.block(setting.inputs), before), "the float block isn't back"
-    for name, linear in tuned.items():
-        old = setting.linears[name]
-        assert linear.codes.dtype == np.int8
-        assert -8 <= linear.codes.min() < linear.codes.max() <= 7
-        scales = torch.from_numpy(linear.scales)
-        assert torch.equal(scales, numerics.round_to_bfloat16(scales))
-        ratio = linear.scales / old.scales
-        assert 1 - MOST_FACTOR - 0.01 <= ratio.min() < ratio.max() <= 1 + MOST_FACTOR + 0.01
-        moved = linear.codes - (setting.quotients[name].numpy() / np.repeat(ratio, 32, axis=1)).clip(-8, 7)
-        assert np.abs(moved).max() <= 0.5 + MOST_OFFSET + 1e-4
-        assert 0.01 < (linear.codes != old.codes).mean() < 0.5
+def recipe(steps: int, name: str = "fptq-best", **changes: Any) -> Recipe:
+    return get_recipe(name, group_size=32, v0=2.0, tuning_steps=steps, **changes)
 
 
-def test_steps_are_the_same_each_time() -> None:
-    one, other = Setting().tune(), Setting().tune()
-    for name in one:
-        np.testing.assert_array_equal(one[name].codes, other[name].codes)
-        np.testing.assert_array_equal(one[name].scales, other[name].scales)
+def divergence(model: Path, checkpoint: Path, data: CalibrationSpec = DATA) -> float:
+    """Return the mean KL over the samples held out, by transformers and an int8 cache."""
+    source = FloatModel.open(str(model))
+    samples = torch.from_numpy(load_calibration(data, None, source.config.vocab_size).tokens[: held_out(data.samples)])
+    student, _ = load(checkpoint, simulate=True)
+    with source.loaded(torch.float32) as teacher, torch.no_grad():
+        wanted = teacher(samples, use_cache=False).logits.log_softmax(-1)
+        found = student(samples, **cache_argument(student, new_cache(student))).logits.log_softmax(-1)
+    return float(functional.kl_div(found, wanted, reduction="sum", log_target=True)) / samples.numel()
 
 
-def test_a_block_that_gets_no_better_stays_as_it_is() -> None:
-    setting = Setting()
-    with simulating(setting.block, setting.linears):
-        setting.targets = setting.block(setting.inputs)
-    assert setting.tune() == setting.linears
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_what_is_told_is_what_the_checkpoint_has(tmp_path: Path, variant: str) -> None:
+    """The model that learns is the one that transformers runs: caches, caps and biases of every architecture."""
+    model = save_tiny(tmp_path / "model", variant, spread=0.5)
+    folder = quantize(str(model), tmp_path / "q", recipe(4), DATA, QUIET)
+    tuning = Checkpoint.open(folder).record["tuning"]
+    assert tuning["kept"] == (tuning["kl_after"] < tuning["kl_before"])
+    told = min(tuning["kl_before"], tuning["kl_after"])
+    assert told == pytest.approx(divergence(model, folder), rel=0.03)
 
 
-def test_one_example_is_enough() -> None:
-    setting = Setting()
-    tuned = tune(setting.block, setting.linears, setting.quotients, setting.block, setting.example, 1, STEPS)
-    assert setting.error(tuned) <= setting.error(setting.linears)
+def test_scales_and_norms_learn_and_codes_stay(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "gemma3", spread=0.5)
+    data = CalibrationSpec("random", samples=128, length=64)
+    plain = Checkpoint.open(quantize(str(model), tmp_path / "plain", recipe(0), data, QUIET))
+    tuned = Checkpoint.open(quantize(str(model), tmp_path / "tuned", recipe(120), data, QUIET))
+    tuning = tuned.record["tuning"]
+    assert tuning["kl_after"] < 0.99 * tuning["kl_before"]
+    assert tuning["kl_before"] == pytest.approx(divergence(model, plain.folder, data), rel=1e-3)
+    assert plain.record["tuning"] == {}
+    assert list(tuned.verify())
+    assert "norms tuned" in checkpoint_summary(tuned)
+    assert "norms tuned" not in checkpoint_summary(plain)
+    changed = set()
+    for name in plain.tensors:
+        before, after = plain.read(name), tuned.read(name)
+        if before.tobytes() == after.tobytes():
+            continue
+        changed.add(name.rpartition(".")[2] if name in plain.float_tensors() else "scales")
+        if name.endswith(".weight_scale"):
+            ratio = after.astype(np.float32) / before.astype(np.float32)
+            assert 0.5 < ratio.min() < ratio.max() < 1.5
+        else:
+            assert name.endswith("norm.weight"), name
+            assert after.dtype == np.float32
+    assert changed == {"scales", "weight"}
+    assert plain.read("model.norm.weight").tobytes() != tuned.read("model.norm.weight").tobytes()
 
 
-def test_the_target_is_the_float_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block's inputs come from the quantized blocks before it, its targets from the float ones."""
-    model = save_tiny(tmp_path / "model", "llama", spread=0.5, num_hidden_layers=4)
-    seen: dict[int, Example] = {}
-    example = CalibrationWalk.example
+def test_a_model_that_gets_no_better_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_tiny(tmp_path / "model", spread=0.5)
+    plain = quantize(str(model), tmp_path / "plain", recipe(0), DATA, QUIET)
+    monkeypatch.setattr("fptq.quantize.tuning.LEARNING_RATE", 100.0)
+    tuned = quantize(str(model), tmp_path / "tuned", recipe(3), DATA, QUIET)
+    tuning = Checkpoint.open(tuned).record["tuning"]
+    assert not tuning["kept"]
+    assert tuning["kl_after"] > tuning["kl_before"]
+    assert "no better" in checkpoint_summary(Checkpoint.open(tuned))
+    assert (plain / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
 
-    def noted(self: CalibrationWalk, index: int, batch: int) -> Example:
-        seen[index] = example(self, index, batch)
-        return seen[index]
 
-    monkeypatch.setattr(CalibrationWalk, "example", noted)
-    skip = ("model.layers.2.*",)  # a block without a layer to tune
-    recipe = get_recipe("fptq-best", group_size=32, v0=2.0, tuning_steps=3, skip=skip)
-    data = CalibrationSpec("random", samples=6, length=24)
-    checkpoint = Checkpoint.open(quantize(str(model), tmp_path / "q", recipe, data, Options(progress=False)))
-    assert checkpoint.record["recipe"]["tuning_steps"] == 3
-    assert list(checkpoint.verify())
-    assert sorted(seen) == [0, 1, 3]
-    distance = (seen[1][0] - seen[0][1]).norm() / seen[0][1].norm()
-    assert 1e-3 < float(distance) < 0.5, "the second block's inputs and the first one's targets"
+@pytest.mark.parametrize("variant", ["gemma2", "opt"])
+def test_gradients_are_those_of_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    """Without rounded inputs the divergence is smooth in every factor."""
+    model = save_tiny(tmp_path / "model", variant, spread=0.5)
+    checked: list[str] = []
+
+    def spy(self: Tuner, steps: int, **_: Any) -> None:
+        with torch.no_grad(), self._source.loaded_outside(torch.float32):
+            self._learn(1)
+            gradients = {name: change.grad for name, change in self._changes.items() if change.grad is not None}
+            for name, gradient in gradients.items():
+                change, direction = self._changes[name], gradient / gradient.norm()
+                values = []
+                for sign in (1, -1):
+                    change.copy_(sign * 0.01 * direction)
+                    values.append(self._divergence(self._forward(1)[-1], 1))
+                change.zero_()
+                assert (values[0] - values[1]) / 0.02 == pytest.approx(float(gradient.norm()), rel=0.05, abs=1e-5), name
+                checked.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tuner, "tune", spy)
+    monkeypatch.setattr("fptq.quantize.tuning._multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(numerics, "round_to_bfloat16", lambda x: x)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(model), tmp_path / "q", recipe(1, "rtn-w4a16"), DATA, QUIET)
+    assert any(name.endswith("weight_scale") for name in checked)
+    assert any(name.startswith("model.") and "layers" not in name.replace("final_layer", "") for name in checked)
+    assert len(checked) > 8
 
 
 def test_interrupted_and_resumed_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_tiny(tmp_path / "model", "gemma3", spread=0.5)
-    recipe = get_recipe("fptq-best", group_size=32, v0=2.0, tuning_steps=3)
-    data = CalibrationSpec("random", samples=6, length=24)
-    whole = quantize(str(model), tmp_path / "whole", recipe, data, Options(progress=False))
-    blocks = []
+    whole = quantize(str(model), tmp_path / "whole", recipe(25), DATA, QUIET)
+    learn: Callable[[Tuner, int], None] = Tuner._learn
+    learned: list[int] = []
 
-    def interrupted(block: nn.Module, *args: object, **values: object) -> dict[str, QuantizedLinear]:
-        blocks.append(block)
-        if len(blocks) == 2:
+    def interrupted(self: Tuner, sample: int) -> None:
+        learned.append(sample)
+        if len(learned) in (5, 19):  # before there is a state, and some steps after there is one
             raise KeyboardInterrupt
-        return tune(block, *args, **values)  # type: ignore[arg-type]
+        learn(self, sample)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("fptq.quantize.pipeline.tune", interrupted)
+    monkeypatch.setattr(Tuner, "_learn", interrupted)
+    for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            quantize(str(model), tmp_path / "q", recipe, data, Options(progress=False))
-    resumed = quantize(str(model), tmp_path / "q", recipe, data, Options(progress=False))
+            quantize(str(model), tmp_path / "q", recipe(25), DATA, QUIET)
+    resumed = quantize(str(model), tmp_path / "q", recipe(25), DATA, QUIET)
+    assert len(learned) == 5 + 14 + 15
     for file in whole.iterdir():
         assert file.read_bytes() == (resumed / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize("changes", [{"propagate_error": False}, {"low_rank": 2}, {"tuning_steps": -1}])
-def test_recipes_that_cannot_be_tuned(changes: dict[str, object]) -> None:
-    recipe = get_recipe("fptq-best", tuning_steps=5)
+def test_one_sample_is_enough(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", spread=0.5)
+    folder = quantize(str(model), tmp_path / "q", recipe(30), CalibrationSpec("random", samples=1, length=32), QUIET)
+    assert Checkpoint.open(folder).record["tuning"]["kept"]
+
+
+@pytest.mark.parametrize("name", ["fptq", "rtn-w8a8", "smoothquant-w4a8-group", "fptq-best-quick", "rptq"])
+def test_other_recipes_can_be_tuned(tmp_path: Path, name: str) -> None:
+    model = save_tiny(tmp_path / "model", spread=0.5)
+    folder = quantize(str(model), tmp_path / "q", recipe(4, name), DATA, QUIET)
+    tuning = Checkpoint.open(folder).record["tuning"]
+    assert min(tuning["kl_before"], tuning["kl_after"]) == pytest.approx(divergence(model, folder), rel=0.03)
+
+
+def test_a_damaged_divergence_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_tiny(tmp_path / "model", spread=0.5)
+    monkeypatch.setattr(
+        "fptq.quantize.walk.CalibrationWalk.float_output", lambda *_: torch.full((1, 32, 64), torch.nan)
+    )
+    with pytest.raises(QuantizationError, match="divergence"):
+        quantize(str(model), tmp_path / "q", recipe(3), DATA, QUIET)
+    assert not (tmp_path / "q").exists()
+
+
+def test_how_many_samples_are_looked_at() -> None:
+    assert [held_out(n) for n in (1, 8, 9, 64, 512)] == [1, 1, 2, 8, 8]
+    assert [samples_needed(128, steps) for steps in (1, 32, 500)] == [9, 40, 128]
+
+
+def test_steps_are_not_negative() -> None:
     with pytest.raises(QuantizationError, match="tuning_steps"):
-        replace(recipe, **changes)  # type: ignore[arg-type]
+        recipe(-1)

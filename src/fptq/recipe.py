@@ -97,8 +97,8 @@ class Recipe:
         clipping: how far each weight scale shrinks: "learned" finds it by gradient descent on the layer's output error
             (LWC), "search" tries ratios for each group, and gives the step a sign.
         low_rank: rank of the float correction that is added to the weights (ZeroQuant-V2's LoRC).
-        tuning_steps: steps of tuning each block's rounding and weight scales by the error of its output, from where
-            `rounding` left them (after AutoRound's SignRound).
+        tuning_steps: steps in which weight scales and norms learn, all at once, what the float model predicts on
+            calibration text; codes stay. A step looks at one sample.
         propagate_error: a block is calibrated on the outputs of the quantized blocks before it, not of the float ones.
         int8_roles: roles whose weights get 8 bits.
         training_steps: steps of quantization-aware training, on text that the model generates, before all else
@@ -158,8 +158,6 @@ class Recipe:
                 f"clusters {self.clusters}, low_rank {self.low_rank}, tuning_steps {self.tuning_steps}, training_steps "
                 f"{self.training_steps}: needed at least 1, 0, 0 and 0"
             )
-        if self.tuning_steps and (self.low_rank or not self.propagate_error):
-            raise QuantizationError("tuning_steps: needed propagate_error, and no low_rank")
         per_token = self.activations == "dynamic" and self.kv_cache == "int8"
         weight_only = self.activations == "float" and self.kv_cache == "float"
         plain = self.equalization == "none" and not self.int8_roles and (per_token or weight_only)
@@ -203,7 +201,7 @@ class Recipe:
     @property
     def can_be_recorded(self) -> bool:
         """Whether statistics of the float model, as it is, are all that the method calibrates on."""
-        return not self.propagate_error and not self.training_steps
+        return not self.propagate_error and not self.training_steps and not self.tuning_steps
 
     @property
     def percentile_wanted(self) -> float | None:

@@ -130,25 +130,34 @@ def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
     _write_tensors(path, [_Outgoing(n, a.dtype, a.shape, partial(_bytes_of, a)) for n, a in tensors.items()])
 
 
-def merge_shards(path: Path, sources: Iterable[Path], keep: Callable[[str], bool] = lambda name: True) -> None:
+def merge_shards(
+    path: Path,
+    sources: Iterable[Path],
+    keep: Callable[[str], bool] = lambda name: True,
+    *,
+    replaced: Path | None = None,
+) -> None:
     """Write the tensors of several safetensors files into the one file `path`, copying by small pieces.
 
     Args:
         path: of the new file.
         sources: the files.
         keep: says by its name whether a tensor is copied.
+        replaced: a file whose tensors are taken in place of those of the same name.
 
     Raises:
         OutputError: a source is damaged, two have a tensor of the same name, or `path` can't be written.
     """
     outgoing: dict[str, _Outgoing] = {}
+    others = read_header(replaced, OutputError) if replaced else {}
     for source in sources:
         for name, entry in read_header(source, OutputError).items():
             if not keep(name):
                 continue
             if name in outgoing:
                 raise OutputError(f"{source}: tensor '{name}' is in another part, too")
-            outgoing[name] = _Outgoing(name, entry.dtype, entry.shape, partial(_pieces_of, source, entry))
+            place, entry = (replaced, others[name]) if replaced and name in others else (source, entry)
+            outgoing[name] = _Outgoing(name, entry.dtype, entry.shape, partial(_pieces_of, place, entry))
     _write_tensors(path, list(outgoing.values()))
 
 

@@ -19,6 +19,7 @@ from fptq.checkpoint.format import (
     cache_tensors,
     linear_tensors,
     quantization_config,
+    read_linear,
     seal,
 )
 from fptq.checkpoint.reader import Checkpoint, is_checkpoint
@@ -42,5 +43,6 @@ __all__ = [
     "is_checkpoint",
     "linear_tensors",
     "quantization_config",
+    "read_linear",
     "seal",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +156,44 @@ def linear_tensors(name: str, linear: QuantizedLinear) -> dict[str, np.ndarray]:
     if linear.low_rank is not None:
         tensors[f"{name}.low_rank_up"], tensors[f"{name}.low_rank_down"] = linear.low_rank
     return tensors
+
+
+def read_linear(
+    read: Callable[[str], np.ndarray], name: str, scheme: LayerScheme, *, codes_of: str = ""
+) -> QuantizedLinear:
+    """Return the linear layer that `linear_tensors` stored.
+
+    Args:
+        read: returns a tensor by its name.
+        name: of the layer.
+        scheme: its own.
+        codes_of: the layer under whose name the 8-bit codes stand, if not its own.
+
+    Raises:
+        CheckpointError: a weight scale is zero or not finite, or a parameter of its input isn't finite.
+    """
+
+    def floats(tensor: str) -> np.ndarray:
+        values = read(f"{name}.{tensor}").astype(np.float32)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"tensor '{name}.{tensor}' has values that are no numbers")
+        return values
+
+    scales = read(f"{name}.weight_scale").astype(np.float32)
+    if not (np.isfinite(scales).all() and scales.all()):
+        raise CheckpointError(f"tensor '{name}.weight_scale' has values that are no step sizes")
+    if scheme.bits == 4:
+        codes = numerics.unpack_int4(read(f"{name}.weight_packed"))
+    else:
+        codes = read(f"{codes_of or name}.weight")
+    input_scale, steps, low_rank = None, None, None
+    if scheme.activation is Activation.STATIC:
+        input_scale = float(read(f"{name}.input_scale")[0])
+    elif scheme.activation is Activation.CLUSTERS:
+        steps = ChannelSteps(floats("input_scale"), floats("input_zero_point"))
+    if scheme.low_rank:
+        low_rank = floats("low_rank_up"), floats("low_rank_down")
+    return QuantizedLinear(codes, scales, scheme.activation, input_scale, scheme.bits, steps, low_rank)
 
 
 def cache_tensors(attention: str, scales: KVScales) -> dict[str, np.ndarray]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from fptq import numerics
 from fptq.checkpoint.format import (
     CACHE_PARTS,
     FORMAT_VERSION,
@@ -23,11 +22,11 @@ from fptq.checkpoint.format import (
     RECORD_FILE,
     SIMULATION,
     STATISTICS_FILE,
-    ChannelSteps,
     KVScales,
     LayerScheme,
     QuantizedLinear,
     matches,
+    read_linear,
     read_schemes,
     seal,
 )
@@ -170,7 +169,10 @@ class Checkpoint:
             self._check_input(name, scheme, rows, columns)
         for name in self.schemes:
             owner = self._codes_owner(name)
-            if owner != name and self._scales(owner).tobytes() != self._scales(name).tobytes():
+            if (
+                owner != name
+                and self.read(f"{owner}.weight_scale").tobytes() != self.read(f"{name}.weight_scale").tobytes()
+            ):
                 raise CheckpointError(f"{self.folder}: {name} has the codes of {owner}, but other scales")
         for tensor in self.tensors:
             owner, _, kind = tensor.rpartition(".")
@@ -281,36 +283,11 @@ class Checkpoint:
         Raises:
             CheckpointError: a weight scale is zero or not finite.
         """
-        scales = self._scales(name)
-        if not (np.isfinite(scales).all() and scales.all()):
-            raise CheckpointError(f"{self.folder}: tensor '{name}.weight_scale' has values that are no step sizes")
         scheme = self.schemes[name]
-        if scheme.bits == 4:
-            codes = numerics.unpack_int4(self.read(f"{name}.weight_packed"))
-        else:
-            codes = self.read(f"{self._codes_owner(name)}.weight")
-        input_scale, steps, low_rank = None, None, None
-        if scheme.activation is Activation.STATIC:
-            input_scale = float(self.read(f"{name}.input_scale")[0])
-        elif scheme.activation is Activation.CLUSTERS:
-            steps = ChannelSteps(*(self._floats(f"{name}.{kind}") for kind in ("input_scale", "input_zero_point")))
-        if scheme.low_rank:
-            low_rank = self._floats(f"{name}.low_rank_up"), self._floats(f"{name}.low_rank_down")
-        return QuantizedLinear(codes, scales, scheme.activation, input_scale, scheme.bits, steps, low_rank)
-
-    def _floats(self, tensor: str) -> np.ndarray:
-        """Return a tensor in float32.
-
-        Raises:
-            CheckpointError: it has values that are no numbers.
-        """
-        values = self.read(tensor).astype(np.float32)
-        if not np.isfinite(values).all():
-            raise CheckpointError(f"{self.folder}: tensor '{tensor}' has values that are no numbers")
-        return values
-
-    def _scales(self, name: str) -> np.ndarray:
-        return self.read(f"{name}.weight_scale").astype(np.float32)
+        try:
+            return read_linear(self.read, name, scheme, codes_of=self._codes_owner(name) if scheme.bits == 8 else name)
+        except CheckpointError as cause:
+            raise CheckpointError(f"{self.folder}: {cause}") from cause
 
     def cache_scales(self) -> dict[str, KVScales]:
         """Return the KV cache scales by attention module; empty when the cache stays in float."""

@@ -201,6 +201,19 @@ class FloatModel:
             for module, key in loaded:
                 module._parameters[key] = nn.Parameter(module._parameters[key].to("meta"), requires_grad=False)
 
+    @contextmanager
+    def loaded_outside(self, dtype: torch.dtype) -> Iterator[None]:
+        """Load all but the decoder blocks, and drop it afterwards."""
+        head = self.model.get_output_embeddings()
+        with self.loaded_embeddings(dtype):
+            self.load(head, head_layers(self.model)[-1], dtype)
+            self.model.tie_weights()
+            try:
+                yield
+            finally:
+                head.to("meta")
+        self.model.tie_weights()
+
     def load_all(self, dtype: torch.dtype) -> nn.Module:
         """Return the whole model in memory, ready to run in `dtype`."""
         self.load(self.model, "", dtype)

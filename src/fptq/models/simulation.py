@@ -24,6 +24,14 @@ def simulated_input(x: torch.Tensor, linear: QuantizedLinear) -> torch.Tensor:
     return numerics.simulate(x, linear.activation, torch.from_numpy(steps.scale), torch.from_numpy(steps.zero_point))
 
 
+def straight_through(x: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Return `rounding(x)`, with the gradient that x has: the straight-through estimator."""
+    if not x.requires_grad:
+        return rounding(x)
+    held = x.detach()
+    return x + (rounding(held) - held)
+
+
 @contextmanager
 def computing(block: nn.Module, forwards: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
     """Let layers of a block compute something else than what they are, for the time of the `with`.
@@ -58,7 +66,8 @@ def simulating(block: nn.Module, linears: Mapping[str, QuantizedLinear]) -> Iter
             layer.weight = nn.Parameter(torch.from_numpy(linear.weight()).to(layer.weight.dtype), requires_grad=False)
 
             def hook(_: nn.Module, args: tuple[Any, ...], linear: QuantizedLinear = linear) -> tuple[Any, ...]:
-                return simulated_input(args[0].float(), linear).to(args[0].dtype), *args[1:]
+                simulated = straight_through(args[0], lambda x: simulated_input(x.float(), linear).to(x.dtype))
+                return simulated, *args[1:]
 
             handles.append(layer.register_forward_pre_hook(hook))
         yield

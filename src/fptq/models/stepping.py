@@ -61,6 +61,7 @@ class BlockStepper:
         self.dtype = dtype
         self._calls: dict[int, list[_Call]] = {}  # by batch size
         self._placeholder = empty_cache(source.model)
+        self._tuples = False  # whether a block returns a tuple that starts with the states
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -97,19 +98,17 @@ class BlockStepper:
 
         The block's weights must be loaded in that dtype.
         """
-        return self.run_with_gradients(index, hidden, observe_cache)
-
-    def run_with_gradients(
-        self, index: int, hidden: torch.Tensor, observe_cache: CacheObserver | None = None
-    ) -> torch.Tensor:
-        """Return what `run` does, as a function of all that asks for gradients."""
-        call = self._calls[hidden.shape[0]][index]
 
         def visit(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if observe_cache is not None:
                 observe_cache(keys, values)
             return keys, values
 
+        return self.run_with_gradients(index, hidden, visit)
+
+    def run_with_gradients(self, index: int, hidden: torch.Tensor, visit: CacheVisitor) -> torch.Tensor:
+        """Return the block's output as a function of all that asks for gradients; attention gets what `visit` gives."""
+        call = self._calls[hidden.shape[0]][index]
         cache = PassingCache(visit)
 
         def localize(value: Any) -> Any:
@@ -124,4 +123,21 @@ class BlockStepper:
         args = [localize(value) for value in call.args]
         kwargs = {key: localize(value) for key, value in call.kwargs.items()}
         output = self.source.blocks[index](hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        self._tuples = isinstance(output, tuple)
+        return output[0] if self._tuples else output
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits [batch, length, vocabulary] of what the last block gave, as a function of it.
+
+        Needs everything outside the blocks loaded, and that a block was run before.
+        """
+        model, blocks = self.source.model, self.source.blocks
+        given = (hidden,) if self._tuples else hidden
+        for block in blocks:
+            block.forward = lambda *_, **__: given
+        try:
+            nothing = hidden.new_zeros(*hidden.shape[:2], model.get_input_embeddings().weight.shape[1])
+            return model(inputs_embeds=nothing, use_cache=False).logits
+        finally:
+            for block in blocks:
+                del block.forward

@@ -43,10 +43,8 @@ class Compensation:
         return cls(order, _inverse_factor(gram[order[:, None], order], damping))
 
 
-def round_gptq(
-    weight: torch.Tensor, compensation: Compensation, scales: torch.Tensor, bits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes of a weight that minimize the output error, greedily, and the quotients that were rounded to them.
+def round_gptq(weight: torch.Tensor, compensation: Compensation, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return int8 codes [n, k] of a weight that minimize the output error, greedily.
 
     Each column has the scale of its own group, which is that of the original weights.
 
@@ -55,9 +53,6 @@ def round_gptq(
         compensation: of the inputs.
         scales: float32 [n, G], of each group.
         bits: of a code.
-
-    Returns:
-        int8 [n, k] and float32 [n, k]: a quotient is the weight, with what it makes up for, over its scale.
     """
     n, k = weight.shape
     order, inverse = compensation.order, compensation.factor
@@ -73,12 +68,9 @@ def round_gptq(
             code = numerics.quantize(column, scale, bits)
             codes[:, start + i] = code.to(torch.int8)
             errors[:, i] = (column - code * scale) / factor[i, i]
-            column /= scale  # no later column looks at it
             block[:, i + 1 :] -= errors[:, i, None] * factor[i, i + 1 :]
         rest[:, stop:] -= errors @ inverse[start:stop, stop:]
-    del step  # as large as what follows
-    back = torch.argsort(order)
-    return codes[:, back], rest[:, back]
+    return codes[:, torch.argsort(order)]
 
 
 def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Quantizing a model, one decoder block after the other, in a way that survives being killed.
 
 For each block: observe → decide → equalize → round → measure → write. The float outputs are the next block's inputs,
-as in the paper. What a block leaves is on the disk before the journal says that the block is done.
+as in the paper. What a block leaves is on the disk before the journal says that the block is done. What is tuned, is
+tuned in the end, all blocks together.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,13 @@ from fptq.quantize.quantized import quantized
 from fptq.quantize.recording import Recording
 from fptq.quantize.rounding import cache_scales, round_head, round_weights
 from fptq.quantize.sqnr import measure_sqnr
-from fptq.quantize.tuning import tune
+from fptq.quantize.tuning import Tuner, samples_needed
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import Workspace, refuse_foreign
 from fptq.recipe import PER_CHANNEL, PRESETS, Activation, Recipe, get_recipe
 from fptq.shards import write_durably, write_json
 
-_PASSES_OF_A_STEP = 3  # forward, and twice that backward
+_TUNED = "tuned"  # the part with what tuning has changed
 
 
 @dataclass(frozen=True)
@@ -176,15 +176,15 @@ class _Job:
         dtype = getattr(torch, self.options.compute_dtype)
         wanted = Wanted.of([self.recipe], self.data.tokens.size)
         if recording is None:
-            propagates, targets = self.recipe.propagate_error, self.recipe.tuning_steps > 0
+            samples, steps = len(self.data.tokens), self.recipe.tuning_steps
             return CalibrationWalk(
                 self.source,
                 self.data.tokens,
                 dtype,
                 self.workspace.folder,
                 wanted,
-                propagates=propagates,
-                targets=targets,
+                propagates=self.recipe.propagate_error,
+                float_samples=samples_needed(samples, steps) if steps else 0,
             )
         if not self.recipe.can_be_recorded:
             raise QuantizationError(f"recipe {self.recipe.name} calibrates on other activations than the float model's")
@@ -227,6 +227,8 @@ class _Job:
             if reached is None:
                 self._write_outside(writer)
             self._walk_blocks(writer, reached)
+            if self.recipe.tuning_steps:
+                self._tune(writer)
             self.workspace.publish(self._finish(writer))
         return self.workspace.destination
 
@@ -234,8 +236,8 @@ class _Job:
         """Quantize all blocks from `reached` on; None if the walk hasn't begun."""
         blocks, batches = len(self.source.blocks), len(self.walk.batches)
         batches *= 2 if self.recipe.propagate_error else 1
-        if self.recipe.tuning_steps:
-            batches += len(self.walk.batches) + _PASSES_OF_A_STEP * self.recipe.tuning_steps
+        if isinstance(self.walk, CalibrationWalk):
+            batches += len(self.walk.float_batches)
         with progress_bar(blocks * batches, initial=(reached or 0) * batches, show=self.options.progress) as bar:
             self.walk.begin(fresh=reached is None)
             if reached is None:
@@ -261,16 +263,13 @@ class _Job:
         groups = self.source.groups
         with self.source.loaded_block(index, self.walk.dtype) as block:
             statistics = self.walk.observe(index, block, bar.update)
-            if self.recipe.tuning_steps:
-                assert isinstance(self.walk, CalibrationWalk)
+            if isinstance(self.walk, CalibrationWalk) and self.walk.float_batches:
                 self.walk.run_float(index, bar.update)
             if self.walk.dtype is not torch.float32:
                 self.source.load(block, name, torch.float32)  # only the activations are computed in less
             plan = decide(groups, statistics, self.recipe, name, _weights(block, groups))
             ranges = equalize_(block, groups, plan.scales, statistics)
-            linears, quotients = round_weights(block, groups, plan, statistics, self.recipe)
-            if quotients:
-                linears = self._tune(index, block, linears, quotients, bar)
+            linears = round_weights(block, groups, plan, statistics, self.recipe)
             sqnr = measure_sqnr(block, linears, lambda: self.walk.run_first_batch(index))
 
             tensors = self._float_tensors(block, name, plan)
@@ -304,21 +303,6 @@ class _Job:
         arrays = _statistics_arrays(name, statistics, plan)
         write_durably(writer.part(f"block-{index:05d}", ".npz"), _npz_writer(arrays))
         self.workspace.note(index + 1)
-
-    def _tune(
-        self,
-        index: int,
-        block: nn.Module,
-        linears: dict[str, QuantizedLinear],
-        quotients: dict[str, torch.Tensor],
-        bar: Any,
-    ) -> dict[str, QuantizedLinear]:
-        """Return the layers with codes and scales that bring the block's output nearer to the float model's."""
-        assert isinstance(self.walk, CalibrationWalk)
-        run, example = partial(self.walk.run_with_gradients, index), partial(self.walk.example, index)
-        batches, steps = len(self.walk.batches), self.recipe.tuning_steps
-        on_step = partial(bar.update, _PASSES_OF_A_STEP)
-        return tune(block, linears, quotients, run, example, batches, steps, on_step=on_step)
 
     def _propagate(self, index: int, block: nn.Module, linears: dict[str, QuantizedLinear], bar: Any) -> None:
         """Make what the quantized block gives the next one's inputs."""
@@ -363,10 +347,31 @@ class _Job:
     def _outside_parts(self) -> dict[str, str]:
         return {f"outside-{number:05d}": name for number, name in enumerate(self.source.names_outside_blocks())}
 
+    def _tune(self, writer: CheckpointWriter) -> None:
+        """Let scales and norms of all blocks learn; a part of its own has what changed, and what came of it."""
+        assert isinstance(self.walk, CalibrationWalk)
+        if writer.part(_TUNED, ".json").is_file():
+            return
+        parts = [writer.part(part) for part in self._block_parts]
+        schemes = self._schemes(
+            {name: plan for record in self._records(writer) for name, plan in record["layers"].items()}
+        )
+        state = self.workspace.folder / "tuning.safetensors"
+        tuner = Tuner(self.source, parts, schemes, self.data.tokens, self.walk.float_output, state)
+        tuning = tuner.tune(self.recipe.tuning_steps, progress=self.options.progress)
+        writer.add_part(_TUNED, tuning.tensors)
+        write_json(writer.part(_TUNED, ".json"), tuning.to_dict())
+
+    @property
+    def _block_parts(self) -> list[str]:
+        return [f"block-{index:05d}" for index in range(len(self.source.blocks))]
+
+    def _records(self, writer: CheckpointWriter) -> list[dict[str, Any]]:
+        """Return what was noted of each block."""
+        return [json.loads(writer.part(part, ".json").read_text(encoding="utf-8")) for part in self._block_parts]
+
     def _finish(self, writer: CheckpointWriter) -> Path:
-        source = self.source
-        blocks = [f"block-{index:05d}" for index in range(len(source.blocks))]
-        records = [json.loads(writer.part(part, ".json").read_text(encoding="utf-8")) for part in blocks]
+        source, blocks, records = self.source, self._block_parts, self._records(writer)
         layers = {name: layer for record in records for name, layer in record["layers"].items()}
         for name, plan in self.head.items():
             layers[name] = {
@@ -382,6 +387,7 @@ class _Job:
                 arrays |= dict(stored)
         write_durably(writer.final / STATISTICS_FILE, _npz_writer(arrays))
         source.save_companions(writer.final)
+        tuned = bool(self.recipe.tuning_steps)
         config = {
             **source.architecture.completed(source.config),
             **{key: value for key, value in source.config_dict().items() if key not in ("torch_dtype", "auto_map")},
@@ -396,12 +402,13 @@ class _Job:
             "calibration": self.data.describe(),
             "layers": layers,
             "cache": cache,
+            "tuning": json.loads(writer.part(_TUNED, ".json").read_text(encoding="utf-8")) if tuned else {},
             "job": self.workspace.digest,
         }
-        return writer.finish([*self._outside_parts(), *blocks], config, record)
+        return writer.finish([*self._outside_parts(), *blocks], config, record, replaced=_TUNED if tuned else None)
 
-    def _quantization_config(self, layers: dict[str, Any]) -> dict[str, Any]:
-        schemes = {
+    def _schemes(self, layers: dict[str, Any]) -> dict[str, LayerScheme]:
+        return {
             name: LayerScheme(
                 None if plan["weight_bits"] == 8 or self.recipe.group_size == PER_CHANNEL else plan["group_size"],
                 Activation(plan["activation"]),
@@ -410,14 +417,16 @@ class _Job:
             )
             for name, plan in layers.items()
         }
+
+    def _quantization_config(self, layers: dict[str, Any]) -> dict[str, Any]:
         named = self.source.model.named_modules()
         linear = {name for name, module in named if isinstance(module, nn.Linear)}
         return quantization_config(
-            schemes,
+            self._schemes(layers),
             blocks=self.source.architecture.blocks,
             block_count=len(self.source.blocks),
             int8_cache=self.recipe.kv_cache == "int8",
-            ignore=sorted(linear - set(schemes)),
+            ignore=sorted(linear - set(layers)),
         )
 
 

@@ -25,8 +25,8 @@ _SLAB_WEIGHTS = 1 << 24  # of a head: 64 MB in float32
 @torch.no_grad()
 def round_weights(
     block: nn.Module, groups: list[InputGroup], plan: BlockPlan, statistics: BlockStatistics, recipe: Recipe
-) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
-    """Return codes and scales of every planned linear layer, and what tuning starts from.
+) -> dict[str, QuantizedLinear]:
+    """Return codes and scales of every planned linear layer.
 
     Args:
         block: the block after equalization.
@@ -35,14 +35,10 @@ def round_weights(
         statistics: what was observed before equalization.
         recipe: says how to round.
 
-    Returns:
-        the layers by name, and float32 [n, k] of each, if the recipe tunes them: the quotients of weights and scales
-        that were rounded to the codes.
-
     Raises:
         QuantizationError: a weight or a range is too large for its scale.
     """
-    rounded, quotients = {}, {}
+    rounded = {}
     for group in groups:
         first = group.layers[0]
         planned = [name for name in group.layers if name in plan.layers]
@@ -53,11 +49,7 @@ def round_weights(
             layer = plan.layers[name]
             weight = block.get_submodule(name).weight.float()
             _check_size(name, weight)
-            codes, scales, quotient = _round(weight, gram, compensation, layer, recipe)
-            if recipe.tuning_steps:
-                if quotient is None:
-                    quotient = weight / scales.repeat_interleave(layer.group_size, dim=1)
-                quotients[name] = quotient
+            codes, scales = _round(weight, gram, compensation, layer, recipe)
             static, clusters = (layer.activation is kind for kind in (Activation.STATIC, Activation.CLUSTERS))
             rounded[name] = QuantizedLinear(
                 codes=codes.numpy(),
@@ -68,7 +60,7 @@ def round_weights(
                 channel_steps=_channel_steps(seen, s, recipe) if clusters else None,
                 low_rank=_low_rank(weight, codes, scales, recipe.low_rank) if recipe.low_rank else None,
             )
-    return rounded, quotients
+    return rounded
 
 
 def _gram_after(gram: torch.Tensor, s: np.ndarray | None) -> torch.Tensor:
@@ -90,8 +82,8 @@ def _round(
     compensation: Compensation | None,
     layer: LayerPlan,
     recipe: Recipe,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return int8 codes [n, k], float32 scales [n, G], and GPTQ's quotients float32 [n, k], None without it."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 codes [n, k] and float32 scales [n, G]."""
     bits, size = layer.weight_bits, layer.group_size
     if recipe.clipping == "none":
         codes, scales = numerics.quantize_weight(weight, size, bits)
@@ -101,9 +93,8 @@ def _round(
         scales = clip(weight, gram, size, bits)
         codes = numerics.quantize_weight_with(weight, scales, bits)
     if compensation is not None:
-        codes, quotients = round_gptq(weight, compensation, scales, bits)
-        return codes, scales, quotients
-    return codes, scales, None
+        codes = round_gptq(weight, compensation, scales, bits)
+    return codes, scales
 
 
 def _low_rank(

@@ -1,156 +1,363 @@
-"""Tuning a block's rounding by the error of its output, after SignRound (AutoRound, arXiv 2309.05516, Algorithm 1).
+"""Tuning the weight scales and norms of a quantized model by what the whole model predicts.
 
-Other than there, it starts where GPTQ left the weights, inputs are quantized as they will be, and the target is what
-the float model's block makes of the float model's activations, so that a block makes up for the errors of those before
-it. Every quotient of weight and scale that was rounded gets an offset, every group's scale a factor; both move by the
-signs of their gradients, at a rate that falls to zero linearly. Rounding passes gradients straight through.
+Nothing that looks at one layer or one block sees what the rounding errors of all of them come to. Here the codes stay,
+and each weight scale and each gain of a norm gets a factor. All factors learn together, by Adam: on calibration text,
+the quantized model's distribution of the next token shall be the float model's. Scales learn so, from other targets, in
+the second phase of EfficientQAT (arXiv 2407.11062, E2E-QP), and norms in Norm Tweaking (arXiv 2309.02784).
+
+In memory are one block at a time, in float32, with its gradients; what lies outside the blocks; each block's input for
+one sample; and four numbers for each factor, of which there is one for a group of weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from fptq import numerics
-from fptq.checkpoint import QuantizedLinear
-from fptq.models.simulation import computing, simulated_input
+from fptq.checkpoint import LayerScheme, QuantizedLinear, read_linear
+from fptq.errors import OutputError, QuantizationError
+from fptq.models.architectures import NormSource, attention_name
+from fptq.models.loading import FloatModel, fill_buffers
+from fptq.models.simulation import simulating, straight_through
+from fptq.models.stepping import BlockStepper
+from fptq.progress import progress_bar
+from fptq.recipe import Activation
+from fptq.shards import read_header, read_tensor, write_shard
 
-MOST_OFFSET = 0.25
-"""How far all steps together can move a quotient that is rounded."""
-MOST_FACTOR = 0.05
-"""How far they can move the factor of a scale from 1."""
+LEARNING_RATE = 1e-3
+"""Of the factors, once it has risen; from there it falls to zero."""
+MOST_CHANGE = 0.5
+"""How far a factor can go from 1."""
 
-_HELD_OUT = 8  # one batch of so many isn't tuned on, and tells whether it was worth it
-
-Example = tuple[torch.Tensor, torch.Tensor]
-
-
-@torch.no_grad()
-def tune(
-    block: nn.Module,
-    linears: Mapping[str, QuantizedLinear],
-    quotients: Mapping[str, torch.Tensor],
-    run: Callable[[torch.Tensor], torch.Tensor],
-    example: Callable[[int], Example],
-    examples: int,
-    steps: int,
-    *,
-    on_step: Callable[[], object] = lambda: None,
-) -> dict[str, QuantizedLinear]:
-    """Return the layers with codes and scales that bring the block's output nearer to its targets.
-
-    The error is relative to each token's energy. The layers are as before if that of the examples that aren't
-    tuned on, every eighth, hasn't fallen.
-
-    Args:
-        block: in float32, equalized; its weights aren't looked at.
-        linears: its quantized layers by their names within it.
-        quotients: float32 [n, k] of each: what was rounded to its codes.
-        run: runs the block on states [samples, length, hidden].
-        example: gives inputs and targets of a batch, [samples, length, hidden] each.
-        examples: how many there are.
-        steps: each sees one.
-        on_step: is called after each.
-    """
-    held_out = range(0, examples, _HELD_OUT)
-    seen = [i for i in range(examples) if i not in held_out] or list(held_out)
-    layers = {name: _Tuned.of(linear, quotients[name]) for name, linear in linears.items()}
-    random = torch.Generator().manual_seed(0)
-
-    def error(batch: int) -> torch.Tensor:
-        inputs, targets = example(batch)
-        with torch.autocast("cpu", torch.bfloat16, enabled=_multiplies_bfloat16()):
-            outputs = run(inputs)
-        energy = targets.square().mean(-1).clamp(min=1e-30)  # of some tokens, a thousand times that of others
-        return ((outputs.float() - targets).square().mean(-1) / energy).mean()
-
-    forwards = {name: _forward_of(layer, block.get_submodule(name).bias) for name, layer in layers.items()}
-    with computing(block, forwards):
-        before = sum(float(error(batch)) for batch in held_out)
-        order: list[int] = []
-        for step in range(steps):
-            order = order or torch.randperm(len(seen), generator=random).tolist()
-            with torch.enable_grad():
-                error(seen[order.pop()]).backward()
-            for layer in layers.values():
-                layer.step_(2 / steps * (1 - step / steps))
-            on_step()
-        after = sum(float(error(batch)) for batch in held_out)
-    return {name: layer.rounded() for name, layer in layers.items()} if after < before else dict(linears)
+_WARMUP_STEPS = 10
+_BETAS = (0.9, 0.95)
+_HELD_OUT_SHARE = 8  # one sample of so many, and not more than so many
+_STEPS_BETWEEN_STATES = 10
+_LOGITS_AT_ONCE = 1 << 24
+_PASSES_OF_A_STEP = 4  # forward, forward again, and twice that backward
 
 
-@dataclass
-class _Tuned:
-    """A layer while it is tuned.
+def held_out(samples: int) -> int:
+    """Return how many samples, the first ones, aren't tuned on but tell whether tuning was worth it."""
+    return min(_HELD_OUT_SHARE, math.ceil(samples / _HELD_OUT_SHARE))
+
+
+def samples_needed(samples: int, steps: int) -> int:
+    """Return how many of the samples, the first ones, tuning looks at."""
+    return min(samples, held_out(samples) + steps)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning came to.
 
     Attributes:
-        linear: as it was.
-        quotients: float32 [n, k].
-        offsets: what is added to them, [n, k].
-        factors: of the scales, [n, G].
+        tensors: new values of the checkpoint's tensors, by name; none, if the model got no better.
+        kl_before: KL(float model ‖ quantized model) in nats, the mean over the tokens of the samples held out.
+        kl_after: the same, tuned.
     """
 
-    linear: QuantizedLinear
-    quotients: torch.Tensor
-    offsets: torch.Tensor
-    factors: torch.Tensor
+    tensors: dict[str, np.ndarray]
+    kl_before: float
+    kl_after: float
 
-    @classmethod
-    def of(cls, linear: QuantizedLinear, quotients: torch.Tensor) -> _Tuned:
-        offsets, factors = torch.zeros_like(quotients), torch.ones(linear.scales.shape)
-        return cls(linear, quotients, offsets.requires_grad_(), factors.requires_grad_())
-
-    def weight(self) -> torch.Tensor:
-        """Return what the codes stand for now, [n, k]."""
-        factors = self._spread(self.factors)
-        codes: Any = _Round.apply(self.quotients / factors + self.offsets, self.linear.bits)
-        return codes * (factors * self._spread(torch.from_numpy(self.linear.scales)))
-
-    def step_(self, rate: float) -> None:
-        """Move against the signs of the gradients."""
-        for values, most in ((self.offsets, MOST_OFFSET), (self.factors, MOST_FACTOR)):
-            assert values.grad is not None
-            values -= rate * most * values.grad.sign()
-            values.grad = None
-
-    def rounded(self) -> QuantizedLinear:
-        """Return the layer with its new codes and scales."""
-        old = torch.from_numpy(self.linear.scales)
-        scales = numerics.round_to_bfloat16(old * self.factors.detach())
-        quotients = self.quotients / self._spread(scales / old) + self.offsets.detach()
-        codes = numerics.quantize(quotients, 1.0, self.linear.bits).to(torch.int8)
-        return replace(self.linear, codes=codes.numpy(), scales=scales.numpy())
-
-    def _spread(self, values: torch.Tensor) -> torch.Tensor:
-        return values.repeat_interleave(self.linear.group_size, dim=1)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the divergences, and whether the new values are kept, as JSON-ready values."""
+        return {"kl_before": self.kl_before, "kl_after": self.kl_after, "kept": bool(self.tensors)}
 
 
-class _Round(torch.autograd.Function):
-    """Codes of quotients; the gradient passes where nothing saturates."""
+@dataclass(frozen=True)
+class _Block:
+    """A block as the checkpoint has it; names are those within the block.
 
-    @staticmethod
-    def forward(ctx: Any, quotients: torch.Tensor, bits: int) -> torch.Tensor:
-        lowest, highest = numerics.integer_range(bits)
-        ctx.save_for_backward((quotients >= lowest - 0.5) & (quotients <= highest + 0.5))
-        return numerics.quantize(quotients, 1.0, bits)
+    Attributes:
+        linears: its quantized layers.
+        floats: the rest of its weights, float32.
+        cache: the step sizes of keys and values, None for a cache in float.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0] * ctx.saved_tensors[0], None
+    linears: dict[str, QuantizedLinear]
+    floats: dict[str, torch.Tensor]
+    cache: tuple[float, float] | None
+
+    @property
+    def norms(self) -> dict[str, torch.Tensor]:
+        """The weights of its norms."""
+        return {name: tensor for name, tensor in self.floats.items() if _is_norm(name, tensor.shape)}
 
 
-def _forward_of(layer: _Tuned, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        held = x.detach().float()
-        x = x + (simulated_input(held, layer.linear) - held).to(x.dtype)
-        return functional.linear(x, layer.weight(), bias)
+class Tuner:
+    """A quantized model whose scales and norms learn.
 
-    return forward
+    Args:
+        source: the float model.
+        parts: for each block, the safetensors file of its tensors in the checkpoint.
+        schemes: of the quantized layers, by full name.
+        tokens: int64 [samples, length].
+        float_output: gives what the float model's last block gives for a sample, [1, length, hidden].
+        state: the file from which an interrupted tuning goes on.
+    """
+
+    def __init__(
+        self,
+        source: FloatModel,
+        parts: Sequence[Path],
+        schemes: Mapping[str, LayerScheme],
+        tokens: np.ndarray,
+        float_output: Callable[[int], torch.Tensor],
+        state: Path,
+    ):
+        self._source = source
+        self._parts = parts
+        self._schemes = schemes
+        self._tokens = torch.from_numpy(tokens)
+        self._float_output = float_output
+        self._state = state
+        self._stepper = BlockStepper(source, torch.float32)
+        fused = [group.source for group in source.groups if isinstance(group.source, NormSource)]
+        self._plus = float(any(norm.plus_one for norm in fused))  # what this architecture's norms add to their weights
+        shapes = {name: source.tensors.shapes[source.file_names[name]] for name in source.names_outside_blocks()}
+        self._outside = {name: source.read(name).float() for name, shape in shapes.items() if _is_norm(name, shape)}
+        self._changes = {name: torch.zeros_like(weight) for name, weight in self._outside.items()}
+        """Factors less 1, by the name of the tensor that each multiplies."""
+        for index in range(len(parts)):
+            block = self._read(index)
+            for layer, linear in block.linears.items():
+                self._changes[self._name(index, f"{layer}.weight_scale")] = torch.zeros(linear.scales.shape)
+            for norm, weight in block.norms.items():
+                self._changes[self._name(index, norm)] = torch.zeros_like(weight)
+        self._optimizer = torch.optim.Adam(self._changes.values(), lr=LEARNING_RATE, betas=_BETAS)
+
+    @torch.no_grad()
+    def tune(self, steps: int, *, progress: bool = True) -> Tuning:
+        """Return what learning comes to, from one sample in each step.
+
+        Raises:
+            QuantizationError: the divergence isn't finite.
+            OutputError: the state can't be written, or is another's.
+        """
+        kept_back = range(held_out(len(self._tokens)))
+        seen = range(len(kept_back), samples_needed(len(self._tokens), steps)) or kept_back
+        done, before = self._load_state()
+        total, initial = 2 * len(kept_back) + _PASSES_OF_A_STEP * steps, _PASSES_OF_A_STEP * done
+        with (
+            self._source.loaded_outside(torch.float32),
+            progress_bar(total, initial=initial, what="tuning", show=progress) as bar,
+        ):
+            if before is None:
+                before = self._mean_divergence(kept_back, bar)
+            for step in range(done, steps):
+                epoch, place = divmod(step, len(seen))
+                self._learn(seen[np.random.default_rng(epoch).permutation(len(seen))[place]])
+                self._optimizer.param_groups[0]["lr"] = (
+                    LEARNING_RATE * min(1, (step + 1) / _WARMUP_STEPS) * (1 - step / steps)
+                )
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+                for change in self._changes.values():
+                    change.clamp_(-MOST_CHANGE, MOST_CHANGE)
+                if (step + 1) % _STEPS_BETWEEN_STATES == 0:
+                    self._save_state(step + 1, before)
+                bar.set_description(f"tuning {step + 1}/{steps}")
+                bar.update(_PASSES_OF_A_STEP)
+            after = self._mean_divergence(kept_back, bar)
+        return Tuning(self._tensors() if after < before else {}, before, after)
+
+    def _mean_divergence(self, samples: range, bar: Any) -> float:
+        total = 0.0
+        for sample in samples:
+            total += self._divergence(self._forward(sample)[-1], sample)
+            bar.update()
+        return total / len(samples)
+
+    def _learn(self, sample: int) -> None:
+        """Give every factor its gradient for a sample."""
+        states = self._forward(sample)
+        outputs = states.pop().requires_grad_()
+        self._divergence(outputs, sample)
+        for index in reversed(range(len(self._parts))):
+            inputs = states.pop().requires_grad_()
+            with self._running(index, learns=True) as run, torch.enable_grad():
+                run(inputs).backward(outputs.grad)
+            outputs = inputs
+
+    def _forward(self, sample: int) -> list[torch.Tensor]:
+        """Return each block's input, and what the last one gives, [1, length, hidden] each."""
+        states = [self._stepper.embed(self._tokens[sample : sample + 1])]
+        for index in range(len(self._parts)):
+            with self._running(index) as run:
+                states.append(run(states[-1]))
+        return states
+
+    def _divergence(self, outputs: torch.Tensor, sample: int) -> float:
+        """Return the mean KL(float ‖ quantized model) of a sample; see to gradients if `outputs` asks for them."""
+        targets = self._float_output(sample).float()
+        rows = max(1, _LOGITS_AT_ONCE // self._source.config.vocab_size)
+        total = 0.0
+        for first in range(0, targets.shape[1], rows):
+            piece = slice(first, first + rows)
+            with self._norms_outside(tuned=False):
+                wanted = self._stepper.logits(targets[:, piece]).log_softmax(-1)
+            with self._norms_outside(tuned=True), torch.set_grad_enabled(outputs.requires_grad):
+                found = self._stepper.logits(outputs[:, piece]).log_softmax(-1)
+                part = functional.kl_div(found, wanted, reduction="sum", log_target=True) / targets.shape[1]
+                if outputs.requires_grad:
+                    part.backward()
+            total += part.item()
+        if not math.isfinite(total):
+            raise QuantizationError(f"tuning: the divergence from the float model is {total}")
+        return total
+
+    @contextmanager
+    def _norms_outside(self, *, tuned: bool) -> Iterator[None]:
+        """Let the norms outside the blocks be the float model's, or the tuned ones, which learn."""
+        for name, weight in self._outside.items():
+            value = self._gained(name, weight) if tuned else weight
+            self._owner(name).weight = nn.Parameter(value, requires_grad=tuned)
+        yield
+        if tuned:
+            for name, weight in self._outside.items():
+                self._learn_from(name, self._owner(name).weight.grad, weight + self._plus)
+
+    @contextmanager
+    def _running(self, index: int, *, learns: bool = False) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Give what runs a block as it is now; if it learns, its factors get their gradients at the end."""
+        stored, block = self._read(index), self._source.blocks[index]
+        scaled = {
+            layer: replace(linear, scales=self._scaled(self._name(index, f"{layer}.weight_scale"), linear))
+            for layer, linear in stored.linears.items()
+        }
+        gained = {norm: self._gained(self._name(index, norm), weight) for norm, weight in stored.norms.items()}
+        fill_buffers(self._source.model, block)
+        block.load_state_dict({**stored.floats, **gained}, strict=False, assign=True)
+
+        def run(states: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=_multiplies_bfloat16()):
+                return self._stepper.run_with_gradients(index, states, partial(_cached, stored.cache)).float()
+
+        try:
+            with simulating(block, scaled):
+                for key, parameter in block.named_parameters():
+                    parameter.requires_grad_(learns and (key in gained or key.removesuffix(".weight") in scaled))
+                yield run
+                for layer, linear in stored.linears.items() if learns else ():
+                    weight = torch.from_numpy(numerics.dequantize_weight(linear.codes, linear.scales))
+                    products = weight.mul_(block.get_submodule(layer).weight.grad)
+                    summed = products.unflatten(1, (-1, linear.group_size)).sum(-1)
+                    self._learn_from(self._name(index, f"{layer}.weight_scale"), summed, 1.0)
+            for norm, weight in stored.norms.items() if learns else ():
+                self._learn_from(self._name(index, norm), block.get_parameter(norm).grad, weight + self._plus)
+        finally:
+            block.to("meta")
+
+    def _learn_from(self, name: str, gradient: torch.Tensor | None, value: torch.Tensor | float) -> None:
+        """Add to a factor's gradient that of what it multiplies, times that; norms nothing goes through have none."""
+        if gradient is not None:
+            change = self._changes[name]
+            change.grad = gradient * value if change.grad is None else change.grad + gradient * value
+
+    def _gained(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight of a norm whose gain its factor has multiplied."""
+        return (weight + self._plus) * (1 + self._changes[name]) - self._plus
+
+    def _read(self, index: int) -> _Block:
+        part = self._parts[index]
+        entries = read_header(part, OutputError)
+        prefix, block = self._name(index, ""), self._source.blocks[index]
+
+        def read(name: str) -> np.ndarray:
+            return read_tensor(part, entries[name])
+
+        names = [name.removeprefix(prefix) for name in self._schemes if name.startswith(prefix)]
+        linears = {layer: read_linear(read, prefix + layer, self._schemes[prefix + layer]) for layer in names}
+        floats = [
+            key for key in block.state_dict() if prefix + key in entries and key.removesuffix(".weight") not in linears
+        ]
+        attention = prefix + attention_name(self._source.groups)
+        scales = [
+            float(read(f"{attention}.{kind}_scale")[0]) for kind in "kv" if f"{attention}.{kind}_scale" in entries
+        ]
+        return _Block(
+            linears,
+            {key: torch.from_numpy(read(prefix + key).astype(np.float32)) for key in floats},
+            (scales[0], scales[1]) if scales else None,
+        )
+
+    def _scaled(self, name: str, linear: QuantizedLinear) -> np.ndarray:
+        """Return the scales of a layer times their factors, exact in bfloat16: what learns is what will be stored."""
+        scales = torch.from_numpy(linear.scales) * (1 + self._changes[name])
+        return numerics.round_to_bfloat16(scales).numpy()
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        """Return the tuned tensors as the checkpoint stores them: scales in bfloat16, norms in float32."""
+        tensors = {name: self._gained(name, weight).numpy() for name, weight in self._outside.items()}
+        for index in range(len(self._parts)):
+            block = self._read(index)
+            for layer, linear in block.linears.items():
+                name = self._name(index, f"{layer}.weight_scale")
+                tensors[name] = self._scaled(name, linear).astype(ml_dtypes.bfloat16)
+            for norm, weight in block.norms.items():
+                tensors[self._name(index, norm)] = self._gained(self._name(index, norm), weight).numpy()
+        return tensors
+
+    def _name(self, index: int, inside: str) -> str:
+        return f"{self._source.block_name(index)}.{inside}"
+
+    def _owner(self, weight: str) -> nn.Module:
+        return self._source.model.get_submodule(weight.rpartition(".")[0])
+
+    def _save_state(self, done: int, before: float) -> None:
+        """Write all that the next step depends on."""
+        tensors = {"done": np.array([done]), "kl_before": np.array([before])}
+        for name, change in self._changes.items():
+            state = self._optimizer.state[change]
+            if state:
+                parts = (("change", change), ("mean", state["exp_avg"]), ("square", state["exp_avg_sq"]))
+                tensors |= {f"{part}:{name}": tensor.numpy() for part, tensor in parts}
+        write_shard(self._state, tensors)
+
+    def _load_state(self) -> tuple[int, float | None]:
+        """Return how many steps an interrupted tuning has done, and the divergence before them."""
+        if not self._state.is_file():
+            return 0, None
+        entries = read_header(self._state, OutputError)
+        stored = {name: torch.from_numpy(read_tensor(self._state, entry)) for name, entry in entries.items()}
+        done = int(stored["done"])
+        for name, change in self._changes.items():
+            if f"change:{name}" in stored:
+                change.copy_(stored[f"change:{name}"])
+                moments = {"exp_avg": stored[f"mean:{name}"], "exp_avg_sq": stored[f"square:{name}"]}
+                self._optimizer.state[change] = {"step": torch.tensor(float(done)), **moments}
+        return done, float(stored["kl_before"])
+
+
+def _is_norm(name: str, shape: Sequence[int]) -> bool:
+    return name.endswith(".weight") and len(shape) == 1
+
+
+def _cached(
+    scales: tuple[float, float] | None, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values as the int8 cache has them."""
+    if scales is None:
+        return keys, values
+
+    def rounded(states: torch.Tensor, scale: float) -> torch.Tensor:
+        return straight_through(states, lambda x: numerics.simulate(x, Activation.STATIC, scale))
+
+    return rounded(keys, scales[0]), rounded(values, scales[1])
 
 
 def _multiplies_bfloat16() -> bool:

@@ -1,7 +1,7 @@
 """One walk through a float model over the calibration tokens, block by block, observed.
 
 With `propagates` the activations are those of the model as it is after each block has been quantized. A second pair of
-files carries those of the float model beside them, where tuning wants them for its targets.
+files carries those of the float model beside them, as far as tuning wants its last block's outputs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CalibrationWalk:
         folder: where the files are; a walk can go on from a block whose inputs are there.
         wanted: what to observe besides ranges.
         propagates: whether `propagate` will make each block's outputs, so that `observe` needn't.
-        targets: whether `run_float` will be asked for.
+        float_samples: for how many samples, the first ones, `run_float` gives what the float model's blocks give.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class CalibrationWalk:
         wanted: Wanted | None = None,
         *,
         propagates: bool = False,
-        targets: bool = False,
+        float_samples: int = 0,
     ):
         self._source = source
         self._tokens = tokens
@@ -54,13 +54,13 @@ class CalibrationWalk:
         self._folder = folder
         self._wanted = wanted or Wanted()
         self._propagates = propagates
-        self._targets = targets
+        self._float_samples = float_samples
         self._stepper = BlockStepper(source, dtype)
         self.batches = cut_batches(tokens)
 
     def begin(self, *, fresh: bool) -> None:
         """Compute the first block's inputs, and learn the blocks' arguments; if not `fresh`, only the latter."""
-        files = [self._activations(0), *([self._activations(0, _FLOAT)] if self._targets else [])]
+        files = [self._activations(0), *([self._activations(0, _FLOAT)] if self._float_samples else [])]
         one_of_each_size = {count: (start, count) for start, count in self.batches}.values()
         with self._source.loaded_embeddings(self.dtype):
             for start, count in self.batches if fresh else one_of_each_size:
@@ -103,25 +103,21 @@ class CalibrationWalk:
         """
         self._run(index, on_batch, None, _FLOAT)
 
-    def example(self, index: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a batch of the block's inputs, and of the float model's outputs, [samples, length, hidden] in float32.
+    def float_output(self, sample: int) -> torch.Tensor:
+        """Return what the float model's last block gives for a sample, [1, length, hidden]; `run_float` made it."""
+        return self._activations(len(self._source.blocks), _FLOAT).read(sample, 1)
 
-        `run_float` has to have been there.
-        """
-        where = self.batches[batch]
-        inputs, targets = self._activations(index), self._activations(index + 1, _FLOAT)
-        return inputs.read(*where).float(), targets.read(*where).float()
-
-    def run_with_gradients(self, index: int, states: torch.Tensor) -> torch.Tensor:
-        """Return the output of the loaded block for states of a batch, for tuning."""
-        return self._stepper.run_with_gradients(index, states)
+    @property
+    def float_batches(self) -> list[tuple[int, int]]:
+        """The batches that `run_float` computes."""
+        return [(start, count) for start, count in self.batches if start < self._float_samples]
 
     def _run(
         self, index: int, on_batch: Callable[[], object], observe_cache: CacheObserver | None, kind: str = ""
     ) -> None:
         inputs, outputs = self._activations(index, kind), self._activations(index + 1, kind)
         last = index + 1 == len(self._source.blocks) and not kind
-        for start, count in self.batches:
+        for start, count in self.float_batches if kind else self.batches:
             states = self._stepper.run(index, inputs.read(start, count), observe_cache)
             if not bool(torch.isfinite(states).all()):
                 raise QuantizationError(
@@ -144,7 +140,8 @@ class CalibrationWalk:
 
     def disk_bytes(self) -> int:
         """Return what the files take."""
-        return (4 if self._targets else 2) * self._tokens.size * self._source.config.hidden_size * self.dtype.itemsize
+        samples = len(self._tokens) + sum(count for _, count in self.float_batches)
+        return 2 * samples * self._tokens.shape[1] * self._source.config.hidden_size * self.dtype.itemsize
 
     def _activations(self, index: int, kind: str = "") -> ActivationFile:
         """Return the file of block `index`'s inputs, or of the float model's."""

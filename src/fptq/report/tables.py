@@ -183,6 +183,7 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     source = f" ({PRESETS[recipe['name']].source})" if recipe["name"] in PRESETS else ""
     sizes = Counter(layer["group_size"] for layer in inside.values())
     groups = ", ".join(f"{size} in {count} layers" for size, count in sorted(sizes.items()))
+    tuned = [f"  {_tuning(record['tuning'])}"] if record.get("tuning") else []
     simulated = ["  no engine runs this method: it is simulated in float"] if checkpoint.simulated else []
     return "\n".join(
         [
@@ -191,10 +192,21 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
             f"KV cache {'int8' if record['cache'] else 'float'}" + (f"; int8 by rows: {outside}" if outside else ""),
             f"  recipe {recipe['name']}{source}: {settings or 'no settings'}; weight groups of {groups}",
             *simulated,
+            *tuned,
             f"  calibrated on {calibration['source']}: {calibration['samples']} samples of {calibration['length']} "
             f"tokens, seed {calibration['seed']}, fingerprint {calibration['fingerprint'][:12]}",
             "  least signal-to-noise: " + ", ".join(f"{name} {layer['sqnr_db']:.1f} dB" for name, layer in worst),
         ]
+    )
+
+
+def _tuning(tuning: dict[str, Any]) -> str:
+    """Return what tuning came to."""
+    if not tuning["kept"]:
+        return "tuned, but no better for it: scales and norms are as they were before"
+    return (
+        f"scales and norms tuned: KL divergence {tuning['kl_before']:.4f} -> {tuning['kl_after']:.4f} nats/token "
+        "on calibration samples held out"
     )
 
 
