@@ -175,6 +175,8 @@ def test_how_many_samples_are_looked_at() -> None:
     assert [samples_needed(128, steps) for steps in (1, 32, 500)] == [9, 40, 128]
 
 
-def test_steps_are_not_negative() -> None:
+def test_recipes_that_cannot_be_tuned() -> None:
     with pytest.raises(QuantizationError, match="tuning_steps"):
         recipe(-1)
+    with pytest.raises(QuantizationError, match="tuning_steps"):
+        recipe(3, "zeroquant-v2")

@@ -241,6 +241,9 @@ def pack_int4(codes: np.ndarray) -> np.ndarray:
 
 def unpack_int4(words: np.ndarray) -> np.ndarray:
     """Return the int8 codes [n, k] of packed words int32 [n, k/8]; the inverse of `pack_int4`."""
-    n = words.shape[0]
-    nibbles = (np.ascontiguousarray(words).view(np.uint32)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
-    return (nibbles.astype(np.int8) - 8).reshape(n, -1)
+    pairs = np.ascontiguousarray(words, np.dtype("<i4")).view(np.uint8)
+    codes = np.empty((words.shape[0], 2 * pairs.shape[1]), np.int8)
+    codes[:, 0::2] = pairs & 15
+    codes[:, 1::2] = pairs >> 4
+    codes -= 8
+    return codes

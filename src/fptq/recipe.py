@@ -158,6 +158,8 @@ class Recipe:
                 f"clusters {self.clusters}, low_rank {self.low_rank}, tuning_steps {self.tuning_steps}, training_steps "
                 f"{self.training_steps}: needed at least 1, 0, 0 and 0"
             )
+        if self.tuning_steps and self.low_rank:
+            raise QuantizationError("tuning_steps: scales don't learn beside a low_rank correction")
         per_token = self.activations == "dynamic" and self.kv_cache == "int8"
         weight_only = self.activations == "float" and self.kv_cache == "float"
         plain = self.equalization == "none" and not self.int8_roles and (per_token or weight_only)

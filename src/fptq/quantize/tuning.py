@@ -33,6 +33,7 @@ from fptq.models.loading import FloatModel, fill_buffers
 from fptq.models.simulation import simulating, straight_through
 from fptq.models.stepping import BlockStepper
 from fptq.progress import progress_bar
+from fptq.quantize.quantized import quantized
 from fptq.recipe import Activation
 from fptq.shards import read_header, read_tensor, write_shard
 
@@ -235,6 +236,7 @@ class Tuner:
     def _running(self, index: int, *, learns: bool = False) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """Give what runs a block as it is now; if it learns, its factors get their gradients at the end."""
         stored, block = self._read(index), self._source.blocks[index]
+        layers = simulating if learns else quantized  # integers are faster, where no gradient has to pass
         scaled = {
             layer: replace(linear, scales=self._scaled(self._name(index, f"{layer}.weight_scale"), linear))
             for layer, linear in stored.linears.items()
@@ -248,22 +250,22 @@ class Tuner:
                 return self._stepper.run_with_gradients(index, states, partial(_cached, stored.cache)).float()
 
         try:
-            with simulating(block, scaled):
+            with layers(block, scaled):
                 for key, parameter in block.named_parameters():
                     parameter.requires_grad_(learns and (key in gained or key.removesuffix(".weight") in scaled))
                 yield run
-                for layer, linear in stored.linears.items() if learns else ():
-                    weight = torch.from_numpy(numerics.dequantize_weight(linear.codes, linear.scales))
-                    products = weight.mul_(block.get_submodule(layer).weight.grad)
-                    summed = products.unflatten(1, (-1, linear.group_size)).sum(-1)
-                    self._learn_from(self._name(index, f"{layer}.weight_scale"), summed, 1.0)
+                for layer, linear in scaled.items() if learns else ():
+                    weight = block.get_submodule(layer).weight
+                    products = weight.grad.mul_(weight.detach()).unflatten(1, (-1, linear.group_size)).sum(-1)
+                    unscaled = torch.from_numpy(stored.linears[layer].scales / linear.scales)
+                    self._learn_from(self._name(index, f"{layer}.weight_scale"), products, unscaled)
             for norm, weight in stored.norms.items() if learns else ():
                 self._learn_from(self._name(index, norm), block.get_parameter(norm).grad, weight + self._plus)
         finally:
             block.to("meta")
 
-    def _learn_from(self, name: str, gradient: torch.Tensor | None, value: torch.Tensor | float) -> None:
-        """Add to a factor's gradient that of what it multiplies, times that; norms nothing goes through have none."""
+    def _learn_from(self, name: str, gradient: torch.Tensor | None, value: torch.Tensor) -> None:
+        """Add to a factor's gradient that of what it multiplies, times that; a norm that nothing passes has none."""
         if gradient is not None:
             change = self._changes[name]
             change.grad = gradient * value if change.grad is None else change.grad + gradient * value
