@@ -55,15 +55,18 @@ def test_quantize_shows_progress_and_the_plan(model: Path, tmp_path: Path, capsy
 def test_effort_chooses_recipe_and_samples(model: Path, tmp_path: Path) -> None:
     arguments = ["quantize", str(model), "--calibration", "random", "--length", "16", "--group-size", "32", "--quiet"]
     made = {}
-    for given in ([], ["--effort", "quick"], ["--effort", "normal", "--samples", "8"]):
+    for given in ([], ["--effort", "quick"], ["--effort", "normal", "--samples", "8", "--tuning-steps", "3"]):
         folder = tmp_path / "-".join(["q", *given])
         assert main([*arguments, "-o", str(folder), "--recipe", "fptq-best", *given]) == 0
         record = json.loads((folder / "fptq.json").read_text())
-        made["-".join(given)] = (record["recipe"]["name"], record["calibration"]["samples"])
+        made["-".join(given)] = (
+            tuple(record["recipe"][key] for key in ("name", "tuning_steps")),
+            record["calibration"]["samples"],
+        )
     assert made == {
-        "": ("fptq-best", 128),
-        "--effort-quick": ("fptq-best-quick", 32),
-        "--effort-normal---samples-8": ("fptq-best", 8),
+        "": (("fptq-best", 40), 128),
+        "--effort-quick": (("fptq-best-quick", 0), 32),
+        "--effort-normal---samples-8---tuning-steps-3": (("fptq-best", 3), 8),
     }
 
 

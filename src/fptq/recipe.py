@@ -274,18 +274,30 @@ def _presets() -> dict[str, Preset]:
     add(
         "fptq-gptq", usual, "fptq with weights rounded by GPTQ after LAE (the paper's FPTQ_GPTQ)", fptq, rounding="gptq"
     )
-    beyond = "beyond FPTQ, with parts of AWQ and GPTQ"
+    beyond = "beyond FPTQ, with parts of AWQ, GPTQ and EfficientQAT"
     searched = replace(usual, equalization="search", clipping="search", dynamic=fc2, fuse_into_linear=True)
-    best = replace(searched, rounding="gptq", propagate_error=True)
+    best = replace(searched, rounding="gptq", propagate_error=True, tuning_steps=40)
     add(
         "fptq-best",
         best,
-        "fptq's form, with searched equalization and weight scales, GPTQ on propagated inputs, FC2 dynamic",
+        "fptq's form, FC2 dynamic, with searched equalization and weight scales, GPTQ on propagated inputs, tuning",
         beyond,
         samples=128,
     )
-    add("fptq-best-quick", searched, "the same without GPTQ, on float inputs: --effort quick", beyond, samples=32)
-    add("fptq-best-thorough", best, "fptq-best on four times the samples: --effort thorough", beyond)
+    add(
+        "fptq-best-quick",
+        searched,
+        "the same without GPTQ and tuning, on float inputs: --effort quick",
+        beyond,
+        samples=32,
+    )
+    add(
+        "fptq-best-thorough",
+        best,
+        "fptq-best on four times the samples, tuned for six times as long: --effort thorough",
+        beyond,
+        tuning_steps=240,
+    )
 
     add("rtn-w4a16", weights, "int4 weights in groups, rounded to nearest; all else in float", nearest)
     add("rtn-w4a16-channel", weights, "the same with one weight scale a channel", nearest, group_size=PER_CHANNEL)

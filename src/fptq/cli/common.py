@@ -69,6 +69,8 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
         "scale for each row) halves that; an embedding that shares the head's weight becomes the same codes",
     }.items():
         add(f"--{name}", choices=CHOICES[name.replace("-", "_")], help=what)
+    tuning = "let weight scales and norms learn the float model's predictions, one calibration sample a step (fptq: 0)"
+    add("--tuning-steps", type=int, metavar="N", help=tuning)
     roles = [role.value for role in Role]
     dynamic = "quantize such inputs dynamically per token whatever their range; may be repeated"
     add("--dynamic", action="append", default=[], choices=roles, help=dynamic)
@@ -104,6 +106,7 @@ _RECIPE_OPTIONS = (
     "rounding",
     "kv_cache",
     "lm_head",
+    "tuning_steps",
     "dynamic",
     "skip",
 )

@@ -187,7 +187,7 @@ class _Job:
                 float_samples=samples_needed(samples, steps) if steps else 0,
             )
         if not self.recipe.can_be_recorded:
-            raise QuantizationError(f"recipe {self.recipe.name} calibrates on other activations than the float model's")
+            raise QuantizationError(f"recipe {self.recipe.name} needs more than the float model's statistics")
         recorded = Recording(self.source, self.data.tokens, dtype, recording)
         recorded.require(wanted)
         return recorded
@@ -465,7 +465,7 @@ def preview(
     progress: bool = True,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """Return what `quantize` would decide, as JSON-ready plans by layer, and the statistics behind it."""
-    if not recipe.can_be_recorded:
+    if recipe.propagate_error or recipe.training_steps:
         raise QuantizationError(
             f"recipe {recipe.name} trains, or calibrates on blocks that are quantized already: what it decides shows "
             "only when it quantizes"
