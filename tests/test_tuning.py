@@ -127,14 +127,14 @@ def test_gradients_are_those_of_differences(tmp_path: Path, monkeypatch: pytest.
 def test_interrupted_and_resumed_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_tiny(tmp_path / "model", "gemma3", spread=0.5)
     whole = quantize(str(model), tmp_path / "whole", recipe(25), DATA, QUIET)
-    learn: Callable[[Tuner, int], None] = Tuner._learn
+    learn: Callable[[Tuner, int], bool] = Tuner._learn
     learned: list[int] = []
 
-    def interrupted(self: Tuner, sample: int) -> None:
+    def interrupted(self: Tuner, sample: int) -> bool:
         learned.append(sample)
         if len(learned) in (5, 19):  # before there is a state, and some steps after there is one
             raise KeyboardInterrupt
-        learn(self, sample)
+        return learn(self, sample)
 
     monkeypatch.setattr(Tuner, "_learn", interrupted)
     for _ in range(2):
@@ -168,6 +168,24 @@ def test_a_damaged_divergence_ends_it(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(QuantizationError, match="divergence"):
         quantize(str(model), tmp_path / "q", recipe(3), DATA, QUIET)
     assert not (tmp_path / "q").exists()
+
+
+def test_gradients_that_are_not_finite_end_learning_and_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny(tmp_path / "model", spread=0.5)
+    plain = quantize(str(model), tmp_path / "plain", recipe(0), DATA, QUIET)
+    gained = Tuner._gained
+
+    def spoiled(self: Tuner, name: str, weight: torch.Tensor) -> torch.Tensor:
+        seen = any(change.grad is not None for change in self._changes.values())
+        return gained(self, name, weight) * (torch.nan if seen else 1)
+
+    monkeypatch.setattr(Tuner, "_gained", spoiled)
+    tuned = quantize(str(model), tmp_path / "tuned", recipe(3), DATA, QUIET)
+    tuning = Checkpoint.open(tuned).record["tuning"]
+    assert (tuning["kl_after"], tuning["kept"]) == (None, False)
+    assert (plain / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
 
 
 def test_how_many_samples_are_looked_at() -> None:

@@ -216,7 +216,10 @@ class _Job:
             activations = self.walk.disk_bytes()
             hint = f"{activations / 1e9:.2f} GB of it calibration activations: fewer --samples need less"
             training = disk_bytes(self.source, self.training) if self.training else 0
-            self.workspace.require_space(activations + training + 2 * self._checkpoint_bytes(), hint)
+            copies = (
+                2.25 if self.recipe.tuning_steps else 2
+            )  # in parts, finished, and all scales seven times in float32
+            self.workspace.require_space(activations + training + copies * self._checkpoint_bytes(), hint)
             writer = self.workspace.claim()
             if self.training:
                 folder = self.workspace.folder / "training"

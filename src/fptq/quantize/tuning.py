@@ -67,12 +67,12 @@ class Tuning:
     Attributes:
         tensors: new values of the checkpoint's tensors, by name; none, if the model got no better.
         kl_before: KL(float model ‖ quantized model) in nats, the mean over the tokens of the samples held out.
-        kl_after: the same, tuned.
+        kl_after: the same, tuned; None, if learning ended in numbers that aren't finite.
     """
 
     tensors: dict[str, np.ndarray]
     kl_before: float
-    kl_after: float
+    kl_after: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the divergences, and whether the new values are kept, as JSON-ready values."""
@@ -146,7 +146,7 @@ class Tuner:
         """Return what learning comes to, from one sample in each step.
 
         Raises:
-            QuantizationError: the divergence isn't finite.
+            QuantizationError: the divergence isn't finite before anything was learned.
             OutputError: the state can't be written, or is another's.
         """
         kept_back = range(held_out(len(self._tokens)))
@@ -159,9 +159,12 @@ class Tuner:
         ):
             if before is None:
                 before = self._mean_divergence(kept_back, bar)
+            if not math.isfinite(before):
+                raise QuantizationError(f"the quantized model's divergence from the float model is {before}")
             for step in range(done, steps):
                 epoch, place = divmod(step, len(seen))
-                self._learn(seen[np.random.default_rng(epoch).permutation(len(seen))[place]])
+                if not self._learn(seen[np.random.default_rng(epoch).permutation(len(seen))[place]]):
+                    return Tuning({}, before, None)
                 self._optimizer.param_groups[0]["lr"] = (
                     LEARNING_RATE * min(1, (step + 1) / _WARMUP_STEPS) * (1 - step / steps)
                 )
@@ -183,8 +186,8 @@ class Tuner:
             bar.update()
         return total / len(samples)
 
-    def _learn(self, sample: int) -> None:
-        """Give every factor its gradient for a sample."""
+    def _learn(self, sample: int) -> bool:
+        """Give every factor its gradient for a sample; return whether all of them are finite."""
         states = self._forward(sample)
         outputs = states.pop().requires_grad_()
         self._divergence(outputs, sample)
@@ -193,6 +196,8 @@ class Tuner:
             with self._running(index, learns=True) as run, torch.enable_grad():
                 run(inputs).backward(outputs.grad)
             outputs = inputs
+        gradients = [change.grad for change in self._changes.values() if change.grad is not None]
+        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
     def _forward(self, sample: int) -> list[torch.Tensor]:
         """Return each block's input, and what the last one gives, [1, length, hidden] each."""
@@ -217,8 +222,6 @@ class Tuner:
                 if outputs.requires_grad:
                     part.backward()
             total += part.item()
-        if not math.isfinite(total):
-            raise QuantizationError(f"tuning: the divergence from the float model is {total}")
         return total
 
     @contextmanager

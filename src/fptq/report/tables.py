@@ -203,7 +203,7 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
 def _tuning(tuning: dict[str, Any]) -> str:
     """Return what tuning came to."""
     if not tuning["kept"]:
-        return "tuned, but no better for it: scales and norms are as they were before"
+        return "tuned, but no better for it: scales and norms are as rounding left them"
     return (
         f"scales and norms tuned: KL divergence {tuning['kl_before']:.4f} -> {tuning['kl_after']:.4f} nats/token "
         "on calibration samples held out"
