@@ -51,7 +51,7 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
     usual = get_recipe("fptq")
     listed = "quantization method; 'fptq quantize --help' lists them"
     add("--recipe", default="fptq", choices=list(PRESETS), metavar="NAME", help=listed)
-    effort = "time for accuracy, with fptq-best: quick minutes, normal up to an hour for 1B parameters, thorough hours"
+    effort = "time for accuracy, with fptq-best: quick minutes, normal about an hour for 1B parameters, thorough hours"
     add("--effort", choices=EFFORTS, help=effort)
     size = f"input channels per weight scale, 0 for one scale a row (fptq: {usual.group_size})"
     add("--group-size", type=int, metavar="N", help=size)
