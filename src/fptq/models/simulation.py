@@ -24,12 +24,20 @@ def simulated_input(x: torch.Tensor, linear: QuantizedLinear) -> torch.Tensor:
     return numerics.simulate(x, linear.activation, torch.from_numpy(steps.scale), torch.from_numpy(steps.zero_point))
 
 
-def straight_through(x: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Return `rounding(x)`, with the gradient that x has: the straight-through estimator."""
-    if not x.requires_grad:
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         return rounding(x)
-    held = x.detach()
-    return x + (rounding(held) - held)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+def straight_through(x: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Return `rounding(x)`; the gradient passes as if it were x (the straight-through estimator)."""
+    rounded: Any = _StraightThrough.apply(x, rounding)
+    return rounded
 
 
 @contextmanager

@@ -29,11 +29,13 @@ from torch.nn import functional
 from fptq import numerics
 from fptq.errors import OutputError, QuantizationError
 from fptq.models.loading import FloatModel, cache_argument
+from fptq.models.simulation import straight_through
 from fptq.models.stepping import PassingCache, empty_cache
 from fptq.models.text import beginning_of_sequence
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import plain_tokens
 from fptq.quantize.policy import choose_group_size
+from fptq.recipe import Activation
 from fptq.shards import read_header, read_tensor, write_durably, write_json, write_shard
 
 WEIGHTS_FILE = "trained.safetensors"
@@ -209,25 +211,15 @@ def _continue(
     return tokens
 
 
-class RoundTokens(torch.autograd.Function):
-    """Rounds each row to 8-bit codes with a scale of its own, and back; passes the gradient straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return `x` [..., k] rounded."""
-        codes, scale = numerics.quantize_dynamic(x)
-        return codes * scale
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        """Return the gradient as it is."""
-        return gradients[0]
+def _round_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` [..., k] rounded to 8-bit codes with a scale for each row, and back."""
+    return straight_through(x, lambda rows: numerics.simulate(rows, Activation.DYNAMIC))
 
 
 def _round_cached(states: torch.Tensor) -> torch.Tensor:
     """Return keys or values [batch, heads, length, head_dim] rounded; the heads of a token share its scale."""
     tokens = states.transpose(1, 2)
-    return RoundTokens.apply(tokens.flatten(2)).view_as(tokens).transpose(1, 2)
+    return _round_tokens(tokens.flatten(2)).view_as(tokens).transpose(1, 2)
 
 
 def fake_quantize(weights: Mapping[str, torch.Tensor], sizes: Mapping[str, int], bits: int) -> dict[str, torch.Tensor]:
@@ -243,7 +235,7 @@ def quantized_layers(model: nn.Module, rounded: Mapping[str, torch.Tensor], *, a
     """Let the layers that have these weights compute with `rounded` ones, and with rounded inputs if `activations`."""
 
     def forward(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(RoundTokens.apply(x) if activations else x, weight, bias)
+        return functional.linear(_round_tokens(x) if activations else x, weight, bias)
 
     layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in rounded}
     for name, layer in layers.items():
