@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 _GATED = {
@@ -91,15 +90,3 @@ def save_tiny(
 def token_ids(count: int = 3, length: int = 24, vocabulary: int = 160) -> torch.Tensor:
     """Return fixed random token ids [count, length]."""
     return torch.randint(1, vocabulary, (count, length), generator=torch.Generator().manual_seed(2))
-
-
-class TwoLayers(nn.Module):
-    """Two linear layers with a function between them, 64 channels in and out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(64, 96)
-        self.down = nn.Linear(96, 64, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.tanh(self.up(x)))

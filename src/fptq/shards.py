@@ -135,7 +135,7 @@ def merge_shards(
     sources: Iterable[Path],
     keep: Callable[[str], bool] = lambda name: True,
     *,
-    replaced: Path | None = None,
+    replacements: Path | None = None,
 ) -> None:
     """Write the tensors of several safetensors files into the one file `path`, copying by small pieces.
 
@@ -143,20 +143,20 @@ def merge_shards(
         path: of the new file.
         sources: the files.
         keep: says by its name whether a tensor is copied.
-        replaced: a file whose tensors are taken in place of those of the same name.
+        replacements: a file whose tensors are taken in place of those of the same name.
 
     Raises:
         OutputError: a source is damaged, two have a tensor of the same name, or `path` can't be written.
     """
     outgoing: dict[str, _Outgoing] = {}
-    others = read_header(replaced, OutputError) if replaced else {}
+    others = read_header(replacements, OutputError) if replacements else {}
     for source in sources:
         for name, entry in read_header(source, OutputError).items():
             if not keep(name):
                 continue
             if name in outgoing:
                 raise OutputError(f"{source}: tensor '{name}' is in another part, too")
-            place, entry = (replaced, others[name]) if replaced and name in others else (source, entry)
+            place, entry = (replacements, others[name]) if replacements and name in others else (source, entry)
             outgoing[name] = _Outgoing(name, entry.dtype, entry.shape, partial(_pieces_of, place, entry))
     _write_tensors(path, list(outgoing.values()))
 

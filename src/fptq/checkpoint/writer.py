@@ -39,15 +39,15 @@ class CheckpointWriter:
         config: dict[str, Any],
         record: dict[str, Any],
         *,
-        replaced: str | None = None,
+        replacements: str | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> Path:
         """Merge the parts into shards, add config.json and the record with every file's checksum; return the folder.
 
-        Tensors that the part `replaced` has, too, are taken from there.
+        Tensors that the part `replacements` has, too, are taken from there.
         """
         final = self.final
-        self._merge(parts, self.part(replaced) if replaced else None, max_shard_bytes)
+        self._merge(parts, self.part(replacements) if replacements else None, max_shard_bytes)
         write_json(final / "config.json", config)
         files = sorted(path for path in final.rglob("*") if path.is_file() and path != final / RECORD_FILE)
         record = {
@@ -59,7 +59,7 @@ class CheckpointWriter:
         write_json(final / RECORD_FILE, seal(record))
         return final
 
-    def _merge(self, parts: list[str], replaced: Path | None, max_shard_bytes: int) -> None:
+    def _merge(self, parts: list[str], replacements: Path | None, max_shard_bytes: int) -> None:
         final = self.final
         for stale in [*final.glob("*.safetensors*"), *final.glob("*.tmp")]:
             stale.unlink(missing_ok=True)
@@ -76,7 +76,7 @@ class CheckpointWriter:
         if count > 1:
             names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         for name, bundle in zip(names, bundles, strict=True):
-            merge_shards(final / name, bundle, replaced=replaced)
+            merge_shards(final / name, bundle, replacements=replacements)
         if count > 1:
             entries = {name: read_header(final / name, OutputError) for name in names}
             write_json(

@@ -408,7 +408,7 @@ class _Job:
             "tuning": json.loads(writer.part(_TUNED, ".json").read_text(encoding="utf-8")) if tuned else {},
             "job": self.workspace.digest,
         }
-        return writer.finish([*self._outside_parts(), *blocks], config, record, replaced=_TUNED if tuned else None)
+        return writer.finish([*self._outside_parts(), *blocks], config, record, replacements=_TUNED if tuned else None)
 
     def _schemes(self, layers: dict[str, Any]) -> dict[str, LayerScheme]:
         return {

@@ -147,7 +147,7 @@ class Tuner:
 
         Raises:
             QuantizationError: the divergence isn't finite before anything was learned.
-            OutputError: the state can't be written, or is another's.
+            OutputError: the state can't be read or written.
         """
         kept_back = range(held_out(len(self._tokens)))
         seen = range(len(kept_back), samples_needed(len(self._tokens), steps)) or kept_back
