@@ -4,8 +4,9 @@
 
 With fewer --layers it is as quick as its embedding is large: blocks are alike, so two of these tell what one costs.
 Makes a Llama (hidden 2048, intermediate 8192, 16 layers, 32 heads, 8 key/value heads, vocabulary 32,000) in bfloat16
-shards, quantizes it once undisturbed and notes the peak resident memory of that process; then quantizes it again,
-killing the process with SIGKILL at random moments, and compares every file with the undisturbed run's.
+shards, quantizes it once undisturbed and notes the peak resident memory of that process; then, unless --kills is 0,
+quantizes it again, killing the process with SIGKILL at random moments, and compares every file with the undisturbed
+run's.
 """
 
 import argparse
@@ -116,6 +117,8 @@ def main() -> None:
     assert os.waitstatus_to_exitcode(status) == 0
     print(f"undisturbed: {elapsed:.0f} s, peak resident memory {usage.ru_maxrss / 2**20:.2f} GiB", flush=True)
 
+    if not options.kills:
+        return
     random.seed()
     for _ in range(options.kills):
         process = subprocess.Popen(command(model, killed, options.recipe, options.samples))

@@ -276,7 +276,7 @@ def _presets() -> dict[str, Preset]:
     )
     beyond = "beyond FPTQ, with parts of AWQ, GPTQ and EfficientQAT"
     searched = replace(usual, equalization="search", clipping="search", dynamic=fc2, fuse_into_linear=True)
-    best = replace(searched, rounding="gptq", propagate_error=True, tuning_steps=40)
+    best = replace(searched, rounding="gptq", propagate_error=True, tuning_steps=100)
     add(
         "fptq-best",
         best,
@@ -294,9 +294,9 @@ def _presets() -> dict[str, Preset]:
     add(
         "fptq-best-thorough",
         best,
-        "fptq-best on four times the samples, tuned for six times as long: --effort thorough",
+        "fptq-best on four times the samples, and four times the steps of tuning: --effort thorough",
         beyond,
-        tuning_steps=240,
+        tuning_steps=400,
     )
 
     add("rtn-w4a16", weights, "int4 weights in groups, rounded to nearest; all else in float", nearest)

@@ -8,6 +8,7 @@ that they depend on the batch's shape and not on its tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,16 @@ class PassingCache(DynamicCache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Return what attention computes with."""
         return self._visitor(key_states, value_states)
+
+
+def products_in_bfloat16(wanted: bool = True) -> AbstractContextManager[None]:
+    """Let matrices be multiplied in bfloat16 within the `with`, if that is wanted and this CPU has instructions for it.
+
+    That is two to three times as fast as in float32. What isn't a product of matrices stays in float32.
+    """
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every version
+    available = any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    return torch.autocast("cpu", torch.bfloat16, enabled=wanted and available)
 
 
 @dataclass(frozen=True)

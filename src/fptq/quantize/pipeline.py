@@ -46,7 +46,7 @@ from fptq.quantize.quantized import quantized
 from fptq.quantize.recording import Recording
 from fptq.quantize.rounding import cache_scales, round_head, round_weights
 from fptq.quantize.sqnr import measure_sqnr
-from fptq.quantize.tuning import Tuner, samples_needed
+from fptq.quantize.tuning import Tuner, held_out, samples_needed
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import Workspace, refuse_foreign
 from fptq.recipe import PER_CHANNEL, PRESETS, Activation, Recipe, get_recipe
@@ -185,6 +185,7 @@ class _Job:
                 wanted,
                 propagates=self.recipe.propagate_error,
                 float_samples=samples_needed(samples, steps) if steps else 0,
+                exact_samples=held_out(samples),
             )
         if not self.recipe.can_be_recorded:
             raise QuantizationError(f"recipe {self.recipe.name} needs more than the float model's statistics")

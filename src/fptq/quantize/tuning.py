@@ -31,7 +31,7 @@ from fptq.errors import OutputError, QuantizationError
 from fptq.models.architectures import NormSource, attention_name
 from fptq.models.loading import FloatModel, fill_buffers
 from fptq.models.simulation import simulating, straight_through
-from fptq.models.stepping import BlockStepper
+from fptq.models.stepping import BlockStepper, products_in_bfloat16
 from fptq.progress import progress_bar
 from fptq.quantize.quantized import quantized
 from fptq.recipe import Activation
@@ -46,7 +46,7 @@ _WARMUP_STEPS = 10
 _BETAS = (0.9, 0.95)
 _HELD_OUT_SHARE = 8  # one sample of so many, and not more than so many
 _STEPS_BETWEEN_STATES = 10
-_LOGITS_AT_ONCE = 1 << 24
+_LOGITS_AT_ONCE = 1 << 25
 _PASSES_OF_A_STEP = 4  # forward, forward again, and twice that backward
 
 
@@ -209,17 +209,19 @@ class Tuner:
 
     def _divergence(self, outputs: torch.Tensor, sample: int) -> float:
         """Return the mean KL(float ‖ quantized model) of a sample; see to gradients if `outputs` asks for them."""
-        targets = self._float_output(sample).float()
+        targets, learns = self._float_output(sample).float(), outputs.requires_grad
         rows = max(1, _LOGITS_AT_ONCE // self._source.config.vocab_size)
         total = 0.0
         for first in range(0, targets.shape[1], rows):
             piece = slice(first, first + rows)
-            with self._norms_outside(tuned=False):
-                wanted = self._stepper.logits(targets[:, piece]).log_softmax(-1)
-            with self._norms_outside(tuned=True), torch.set_grad_enabled(outputs.requires_grad):
-                found = self._stepper.logits(outputs[:, piece]).log_softmax(-1)
+            with self._norms_outside(tuned=False), products_in_bfloat16(learns):
+                wanted = self._stepper.logits(targets[:, piece]).float().log_softmax(-1)
+            with self._norms_outside(tuned=True), torch.set_grad_enabled(learns):
+                with products_in_bfloat16(learns):
+                    logits = self._stepper.logits(outputs[:, piece])
+                found = logits.float().log_softmax(-1)
                 part = functional.kl_div(found, wanted, reduction="sum", log_target=True) / targets.shape[1]
-                if outputs.requires_grad:
+                if learns:
                     part.backward()
             total += part.item()
         return total
@@ -249,7 +251,7 @@ class Tuner:
         block.load_state_dict({**stored.floats, **gained}, strict=False, assign=True)
 
         def run(states: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=_multiplies_bfloat16()):
+            with products_in_bfloat16(learns):
                 return self._stepper.run_with_gradients(index, states, partial(_cached, stored.cache)).float()
 
         try:
@@ -363,9 +365,3 @@ def _cached(
         return straight_through(states, lambda x: numerics.simulate(x, Activation.STATIC, scale))
 
     return rounded(keys, scales[0]), rounded(values, scales[1])
-
-
-def _multiplies_bfloat16() -> bool:
-    """Return whether this CPU has instructions for products of bfloat16, which are twice as fast."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every version
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)

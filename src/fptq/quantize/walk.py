@@ -16,7 +16,7 @@ from torch import nn
 
 from fptq.errors import QuantizationError
 from fptq.models.loading import FloatModel
-from fptq.models.stepping import BlockStepper, CacheObserver
+from fptq.models.stepping import BlockStepper, CacheObserver, products_in_bfloat16
 from fptq.quantize.activations import ActivationFile
 from fptq.quantize.observe import AllSeenError, BlockStatistics, Wanted, observing
 
@@ -35,6 +35,7 @@ class CalibrationWalk:
         wanted: what to observe besides ranges.
         propagates: whether `propagate` will make each block's outputs, so that `observe` needn't.
         float_samples: for how many samples, the first ones, `run_float` gives what the float model's blocks give.
+        exact_samples: for how many of those it has all products in `dtype`, and not in bfloat16 where the CPU has that.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class CalibrationWalk:
         *,
         propagates: bool = False,
         float_samples: int = 0,
+        exact_samples: int = 0,
     ):
         self._source = source
         self._tokens = tokens
@@ -55,6 +57,7 @@ class CalibrationWalk:
         self._wanted = wanted or Wanted()
         self._propagates = propagates
         self._float_samples = float_samples
+        self._exact_samples = exact_samples
         self._stepper = BlockStepper(source, dtype)
         self.batches = cut_batches(tokens)
 
@@ -118,14 +121,15 @@ class CalibrationWalk:
         inputs, outputs = self._activations(index, kind), self._activations(index + 1, kind)
         last = index + 1 == len(self._source.blocks) and not kind
         for start, count in self.float_batches if kind else self.batches:
-            states = self._stepper.run(index, inputs.read(start, count), observe_cache)
+            with products_in_bfloat16(bool(kind) and start >= self._exact_samples):
+                states = self._stepper.run(index, inputs.read(start, count), observe_cache)
             if not bool(torch.isfinite(states).all()):
                 raise QuantizationError(
                     f"{self._source.block_name(index)}: its output has NaN or infinite values on calibration "
                     f"samples {start} to {start + count - 1}; the model is damaged or needs --compute-dtype float32"
                 )
             if not last:
-                outputs.write(start, states)
+                outputs.write(start, states.to(self.dtype))
             on_batch()
         if not last:
             outputs.flush()
