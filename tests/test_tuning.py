@@ -21,6 +21,8 @@ from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.calibration import load_calibration
 from fptq.quantize.tuning import Tuner, held_out, samples_needed
 from fptq.recipe import Recipe, get_recipe
+from fptq.report.page import settings_table
+from fptq.report.subject import Subject
 from fptq.report.tables import checkpoint_summary
 from tiny import VARIANTS, save_tiny
 
@@ -66,6 +68,7 @@ def test_scales_and_norms_learn_and_codes_stay(tmp_path: Path) -> None:
     assert list(tuned.verify())
     assert "norms tuned" in checkpoint_summary(tuned)
     assert "norms tuned" not in checkpoint_summary(plain)
+    assert "norms tuned" in str(settings_table(Subject.open(tuned.folder)).rows)
     changed = set()
     for name in plain.tensors:
         before, after = plain.read(name), tuned.read(name)

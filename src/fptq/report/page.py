@@ -20,7 +20,7 @@ from fptq.report import figures as draw
 from fptq.report.accuracy import FLOAT, Accuracy, columns, gather
 from fptq.report.figures import Figure, Inks
 from fptq.report.subject import BENCHMARK_FILE, EVALUATION_FILE, Subject
-from fptq.report.tables import format_estimate
+from fptq.report.tables import format_estimate, tuning_summary
 from fptq.shards import write_durably
 
 _MISSING = "–"
@@ -323,6 +323,8 @@ def settings_table(subject: Subject) -> DataTable:
         ["seed, fingerprint of the tokens", f"{calibration['seed']}, {calibration['fingerprint']}"],
         ["made by", f"fptq {record['fptq_version']}, checkpoint format {record['format_version']}"],
     ]
+    if record.get("tuning"):
+        rows.append(["tuning", tuning_summary(record["tuning"])])
     recipe = {key: value for key, value in record["recipe"].items() if value not in ([], None)}
     rows += [
         [f"recipe: {key}", ", ".join(value) if isinstance(value, list) else f"{value}"] for key, value in recipe.items()

@@ -183,7 +183,7 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     source = f" ({PRESETS[recipe['name']].source})" if recipe["name"] in PRESETS else ""
     sizes = Counter(layer["group_size"] for layer in inside.values())
     groups = ", ".join(f"{size} in {count} layers" for size, count in sorted(sizes.items()))
-    tuned = [f"  {_tuning(record['tuning'])}"] if record.get("tuning") else []
+    tuned = [f"  {tuning_summary(record['tuning'])}"] if record.get("tuning") else []
     simulated = ["  no engine runs this method: it is simulated in float"] if checkpoint.simulated else []
     return "\n".join(
         [
@@ -200,8 +200,8 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     )
 
 
-def _tuning(tuning: dict[str, Any]) -> str:
-    """Return what tuning came to."""
+def tuning_summary(tuning: dict[str, Any]) -> str:
+    """Return what tuning came to, from the checkpoint's record of it."""
     if not tuning["kept"]:
         return "tuned, but no better for it: scales and norms are as rounding left them"
     return (
