@@ -42,7 +42,7 @@ class PassingCache(DynamicCache):
         return self._visitor(key_states, value_states)
 
 
-def products_in_bfloat16(wanted: bool = True) -> AbstractContextManager[None]:
+def products_in_bfloat16(wanted: bool) -> AbstractContextManager[None]:
     """Let matrices be multiplied in bfloat16 within the `with`, if that is wanted and this CPU has instructions for it.
 
     That is two to three times as fast as in float32. What isn't a product of matrices stays in float32.
