@@ -10,7 +10,7 @@ import pytest
 
 from fptq.cli import main
 from fptq.integrations import torch_ops
-from fptq.recipe import PRESETS
+from fptq.recipe import PRESETS, get_recipe
 from fptq.runtime import kernels
 from fptq.runtime.engine import Engine
 from fptq.runtime.kernels import Kernels, choose_target, cpu_name
@@ -64,7 +64,7 @@ def test_effort_chooses_recipe_and_samples(model: Path, tmp_path: Path) -> None:
             record["calibration"]["samples"],
         )
     assert made == {
-        "": (("fptq-best", 40), 128),
+        "": (("fptq-best", get_recipe("fptq-best").tuning_steps), 128),
         "--effort-quick": (("fptq-best-quick", 0), 32),
         "--effort-normal---samples-8---tuning-steps-3": (("fptq-best", 3), 8),
     }
