@@ -19,7 +19,7 @@ from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel, cache_argument
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.calibration import load_calibration
-from fptq.quantize.tuning import Tuner, held_out, samples_needed
+from fptq.quantize.tuning import RECALL_WEIGHT, Tuner, held_out, samples_needed, token_weights
 from fptq.recipe import Recipe, get_recipe
 from fptq.report.page import settings_table
 from fptq.report.subject import Subject
@@ -99,14 +99,15 @@ def test_a_model_that_gets_no_better_stays_as_it_is(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("variant", ["gemma2", "opt"])
 def test_gradients_are_those_of_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
-    """Without rounded inputs the divergence is smooth in every factor."""
+    """Without rounded inputs the divergence is smooth in every factor. Tokens count twice here, and so do gradients."""
     model = save_tiny(tmp_path / "model", variant, spread=0.5)
     checked: list[str] = []
 
     def spy(self: Tuner, steps: int, **_: Any) -> None:
         with torch.no_grad(), self._source.loaded_outside(torch.float32):
+            self._weights.fill_(2)
             self._learn(1)
-            gradients = {name: change.grad for name, change in self._changes.items() if change.grad is not None}
+            gradients = {name: change.grad / 2 for name, change in self._changes.items() if change.grad is not None}
             for name, gradient in gradients.items():
                 change, direction = self._changes[name], gradient / gradient.norm()
                 values = []
@@ -195,6 +196,33 @@ def test_gradients_that_are_not_finite_end_learning_and_lose_nothing(
 def test_how_many_samples_are_looked_at() -> None:
     assert [held_out(n) for n in (1, 8, 9, 64, 512)] == [1, 1, 2, 8, 8]
     assert [samples_needed(128, steps) for steps in (1, 32, 500)] == [9, 40, 128]
+
+
+def test_tokens_recalled_from_far_back_count_for_more() -> None:
+    """Not those of most samples, not those that were near, and not where a token comes first."""
+    common, name, near = 7, 50, 60
+    tokens = np.full((16, 40), common)
+    tokens[3, [2, 30]] = name
+    tokens[3, [4, 4 + 15]] = near
+    tokens[5, 20] = name
+    weights = token_weights(tokens)
+    assert weights[3, 29] == RECALL_WEIGHT
+    weights[3, 29] = 1
+    assert (weights == 1).all()
+    tokens[:3, 0] = name  # now too many samples have it
+    assert (token_weights(tokens) == 1).all()
+
+
+def test_recalled_tokens_are_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning follows the weights; what is told of the samples held out doesn't."""
+    model = save_tiny(tmp_path / "model", spread=0.5)
+    results = {}
+    for weight in (1.0, 100.0):
+        monkeypatch.setattr("fptq.quantize.tuning.RECALL_WEIGHT", weight)
+        folder = quantize(str(model), tmp_path / f"q{weight}", recipe(4), DATA, QUIET)
+        results[weight] = Checkpoint.open(folder).record["tuning"]
+    assert results[1.0]["kl_before"] == results[100.0]["kl_before"]
+    assert results[1.0]["kl_after"] != results[100.0]["kl_after"]
 
 
 def test_recipes_that_cannot_be_tuned() -> None:

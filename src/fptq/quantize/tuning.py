@@ -5,6 +5,9 @@ and each weight scale and each gain of a norm gets a factor. All factors learn t
 the quantized model's distribution of the next token shall be the float model's. Scales learn so, from other targets, in
 the second phase of EfficientQAT (arXiv 2407.11062, E2E-QP), and norms in Norm Tweaking (arXiv 2309.02784).
 
+Most tokens can be guessed from the few before them, and left alone the factors learn those at the cost of what only the
+text from further back tells. So tokens that a text repeats from far back count for more.
+
 In memory are one block at a time, in float32, with its gradients; what lies outside the blocks; each block's input for
 one sample; and four numbers for each factor, of which there is one for a group of weights.
 """
@@ -42,6 +45,11 @@ LEARNING_RATE = 1e-3
 MOST_CHANGE = 0.5
 """How far a factor can go from 1."""
 
+RECALL_WEIGHT = 9.0
+"""What a token that is recalled counts for, where others count for 1: see `token_weights`."""
+
+_FAR_BACK = 16  # tokens
+_RARE_SHARE = 8  # a token is rare that no more than one sample of so many has
 _WARMUP_STEPS = 10
 _BETAS = (0.9, 0.95)
 _HELD_OUT_SHARE = 8  # one sample of so many, and not more than so many
@@ -58,6 +66,27 @@ def held_out(samples: int) -> int:
 def samples_needed(samples: int, steps: int) -> int:
     """Return how many of the samples, the first ones, tuning looks at."""
     return min(samples, held_out(samples) + steps)
+
+
+def token_weights(tokens: np.ndarray) -> np.ndarray:
+    """Return what the prediction at each token counts for in what is learned, float32 [samples, length].
+
+    `RECALL_WEIGHT` where the next token is recalled: the sample had it before, not within the last 16 tokens, and few
+    samples have it at all. Names and what a text is about are so, where "the" and commas aren't.
+
+    Args:
+        tokens: int64 [samples, length].
+    """
+    weights = np.ones(tokens.shape, np.float32)
+    in_samples = np.bincount(np.concatenate([np.unique(sample) for sample in tokens]))
+    rare = in_samples <= len(tokens) // _RARE_SHARE
+    for sample, of_sample in zip(tokens.tolist(), weights, strict=True):
+        last_places: dict[int, int] = {}
+        for place, token in enumerate(sample):
+            if rare[token] and place - last_places.get(token, place) >= _FAR_BACK:
+                of_sample[place - 1] = RECALL_WEIGHT
+            last_places[token] = place
+    return weights
 
 
 @dataclass(frozen=True)
@@ -124,6 +153,7 @@ class Tuner:
         self._parts = parts
         self._schemes = schemes
         self._tokens = torch.from_numpy(tokens)
+        self._weights = torch.from_numpy(token_weights(tokens))
         self._float_output = float_output
         self._state = state
         self._stepper = BlockStepper(source, torch.float32)
@@ -208,7 +238,10 @@ class Tuner:
         return states
 
     def _divergence(self, outputs: torch.Tensor, sample: int) -> float:
-        """Return the mean KL(float ‖ quantized model) of a sample; see to gradients if `outputs` asks for them."""
+        """Return the mean KL(float ‖ quantized model) of a sample.
+
+        If `outputs` asks for gradients, it and the norms outside the blocks get those of the weighted mean.
+        """
         targets, learns = self._float_output(sample).float(), outputs.requires_grad
         rows = max(1, _LOGITS_AT_ONCE // self._source.config.vocab_size)
         total = 0.0
@@ -220,10 +253,10 @@ class Tuner:
                 with products_in_bfloat16(learns):
                     logits = self._stepper.logits(outputs[:, piece])
                 found = logits.float().log_softmax(-1)
-                part = functional.kl_div(found, wanted, reduction="sum", log_target=True) / targets.shape[1]
+                parts = functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1) / targets.shape[1]
                 if learns:
-                    part.backward()
-            total += part.item()
+                    (parts * self._weights[sample, piece]).sum().backward()
+            total += parts.sum().item()
         return total
 
     @contextmanager
