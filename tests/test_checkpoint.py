@@ -31,13 +31,7 @@ from checkpoints import (
     make_record,
     write_checkpoint,
 )
-from fptq.checkpoint import (
-    RECORD_FILE,
-    STATISTICS_FILE,
-    Checkpoint,
-    QuantizedLinear,
-    linear_tensors,
-)
+from fptq.checkpoint import RECORD_FILE, STATISTICS_FILE, Checkpoint, QuantizedLinear, linear_tensors
 from fptq.errors import CheckpointError
 from fptq.numerics import quantize_weight
 from fptq.recipe import Activation

@@ -27,14 +27,7 @@ from checkpoints import (
     make_config,
     make_record,
 )
-from fptq.checkpoint import (
-    Checkpoint,
-    LayerScheme,
-    QuantizedLinear,
-    linear_tensors,
-    quantization_config,
-    seal,
-)
+from fptq.checkpoint import Checkpoint, LayerScheme, QuantizedLinear, linear_tensors, quantization_config, seal
 from fptq.recipe import Activation
 from fptq.shards import write_json, write_shard
 

@@ -24,13 +24,7 @@ from checkpoints import (
     change_tensors,
     write_checkpoint,
 )
-from fptq.checkpoint import (
-    RECORD_FILE,
-    Checkpoint,
-    QuantizedLinear,
-    linear_tensors,
-    quantization_config,
-)
+from fptq.checkpoint import RECORD_FILE, Checkpoint, QuantizedLinear, linear_tensors, quantization_config
 from fptq.errors import CheckpointError
 from fptq.numerics import round_to_bfloat16
 from fptq.recipe import Activation

@@ -15,19 +15,8 @@ import pytest
 
 import fptq.checkpoint.writer
 from checkpoints import Q0, SCHEMES, change_json, contents, make_config, make_record, start_writing, write_checkpoint
-from fptq.checkpoint import (
-    INDEX_FILE,
-    RECORD_FILE,
-    STATISTICS_FILE,
-    Checkpoint,
-)
+from fptq.checkpoint import INDEX_FILE, RECORD_FILE, STATISTICS_FILE, Checkpoint
 from fptq.errors import CheckpointError, OutputError
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "checkpoint")
-
 
 # --- shards -----------------------------------------------------------------------------------------------------------
 
@@ -38,10 +27,10 @@ def sharded(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "sharded", max_shard_bytes=1)
 
 
-def test_small_shards_hold_the_same_tensors(tmp_path: Path, folder: Path, sharded: Path) -> None:
+def test_small_shards_hold_the_same_tensors(tmp_path: Path, sharded: Path) -> None:
     names = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
     assert sorted(path.name for path in sharded.glob("*.safetensors*")) == [*names, INDEX_FILE]
-    one, many = Checkpoint.open(folder), Checkpoint.open(sharded)
+    one, many = Checkpoint.open(write_checkpoint(tmp_path / "one")), Checkpoint.open(sharded)
     assert {n: (e.dtype, e.shape) for n, (_, e) in one.tensors.items()} == {
         n: (e.dtype, e.shape) for n, (_, e) in many.tensors.items()
     }
