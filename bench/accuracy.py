@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from fptq.checkpoint import Checkpoint, is_checkpoint
 from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean_of_estimates, perplexity_ratio
-from fptq.evaluate.fidelity import Scored, ScoredModel, cut_windows, window_losses
+from fptq.evaluate.fidelity import TOKENS_AT_ONCE, Scored, ScoredModel, cut_windows, window_losses
 from fptq.evaluate.paper import COMMON_SENSE
 from fptq.evaluate.runner import open_model
 from fptq.evaluate.scores import PERPLEXITY, TaskScore, TaskSpec
@@ -32,7 +32,7 @@ from fptq.models.text import beginning_of_sequence, read_text
 from fptq.report.tables import format_estimate
 
 REFERENCE = "float"
-TEXTS_AT_ONCE = {"cpu": 8, "cuda": 64}
+TOKENS_AT_ONCE_ON = {"cpu": TOKENS_AT_ONCE, "cuda": 8 * TOKENS_AT_ONCE}
 
 
 def open_scored(model: str, dtype: torch.dtype, device: str) -> Scored:
@@ -45,7 +45,8 @@ def open_scored(model: str, dtype: torch.dtype, device: str) -> Scored:
         other(torch.zeros(1, 1, dtype=torch.long))  # compressed weights become floats in the first pass
     else:
         other = FloatModel.open(model).load_all(torch.float32)
-    return ScoredModel(other.to(dtype).to(device), texts_at_once=TEXTS_AT_ONCE[device], identity=f"{model}, {dtype}")
+    other.to(dtype).to(device)
+    return ScoredModel(other, tokens_at_once=TOKENS_AT_ONCE_ON[device], identity=f"{model}, {dtype}")
 
 
 def score_windows_kept(model: Scored, windows: torch.Tensor, store: Path | None) -> list[float]:
@@ -140,7 +141,7 @@ def main() -> None:
         "--limit", action="append", default=[], metavar="[TASK=]N", help="windows, or a task's documents"
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cpu", choices=TEXTS_AT_ONCE)
+    parser.add_argument("--device", default="cpu", choices=TOKENS_AT_ONCE_ON)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--store", type=Path, metavar="FOLDER")
     parser.add_argument("--json")

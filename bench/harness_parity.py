@@ -4,7 +4,7 @@
     python bench/harness_parity.py demo --data-dir DIR --tasks mmlu --limit 1 --json parity.json
 
 Prints for each task both accuracies, how many metrics differ, the largest difference of a log-likelihood, and
-the seconds of both, loading the data included; of ours also without reuse of prefixes if --no-reuse is given.
+the seconds of both, loading the data included; of ours also one text after the other if --one-by-one is given.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from fptq.evaluate import harness
-from fptq.evaluate.fidelity import ScoredModel
+from fptq.evaluate.fidelity import TOKENS_AT_ONCE, ScoredModel
 from fptq.evaluate.scores import TaskSpec
 from fptq.evaluate.tasks import prepare_tasks, quiet
 from fptq.models.loading import FloatModel
@@ -46,18 +46,18 @@ def main() -> None:
     parser.add_argument("--data-dir")
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--limit", type=int, default=40)
-    parser.add_argument("--no-reuse", action="store_true")
+    parser.add_argument("--one-by-one", action="store_true")
     parser.add_argument("--json")
     options = parser.parse_args()
 
     opened = FloatModel.open(options.model)
     model, tokenizer = opened.load_all(torch.float32), opened.tokenizer
     lms: dict[str, Any] = {
-        "ours": harness.HarnessModel(ScoredModel(model), tokenizer=tokenizer),
+        "ours": harness.HarnessModel(ScoredModel(model, tokens_at_once=TOKENS_AT_ONCE), tokenizer=tokenizer),
         "hf": HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
     }
-    if options.no_reuse:
-        lms["no reuse"] = harness.HarnessModel(ScoredModel(model, reuses_prefixes=False), tokenizer=tokenizer)
+    if options.one_by_one:
+        lms["one by one"] = harness.HarnessModel(ScoredModel(model), tokenizer=tokenizer)
     rows, figures = [], {}
     for name in options.tasks.split(","):
         spec = TaskSpec((name,), options.data_dir, options.limit)

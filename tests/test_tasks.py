@@ -22,6 +22,7 @@ from fptq.errors import EvaluationError, MissingDependencyError
 from fptq.evaluate import harness, results
 from fptq.evaluate.estimates import mean, stratified_mean
 from fptq.evaluate.fidelity import Scored, ScoredEngine, ScoredModel
+from fptq.evaluate.packing import cut_batches, pack
 from fptq.evaluate.requests import Request, answer
 from fptq.evaluate.runner import open_models
 from fptq.evaluate.scores import TaskScore, TaskSpec
@@ -274,12 +275,12 @@ class Counting(ScoredModel):
     texts = tokens = 0
     fails_after: int | None = None
 
-    def hidden(self, tokens: torch.Tensor, cache: Any = None) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, cache: Any = None, **placed: torch.Tensor) -> torch.Tensor:
         if self.texts == self.fails_after:
             raise KeyboardInterrupt
         self.texts += 1
-        self.tokens += tokens.shape[1]
-        return super().hidden(tokens, cache)
+        self.tokens += tokens.numel()
+        return super().hidden(tokens, cache, **placed)
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
@@ -300,18 +301,37 @@ def test_reuse_of_prefixes_in_transformers(variant: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
-def test_texts_in_one_pass(variant: str, tmp_path: Path) -> None:
+def test_texts_side_by_side(variant: str, tmp_path: Path) -> None:
+    """Every architecture; those whose masks or positions can't be given run one text after the other."""
     model = FloatModel.open(str(save_tiny(tmp_path, variant, spread=0.5))).load_all(torch.float32)
     requests = requests_with_shared_prefixes()
-    expected = dict(answer(ScoredModel(model, reuses_prefixes=False), requests))
-    together = Counting(model, texts_at_once=7)
-    found = dict(answer(together, requests))
+    plain, packing = Counting(model, reuses_prefixes=False), Counting(model, tokens_at_once=90)
+    expected, found = dict(answer(plain, requests)), dict(answer(packing, requests))
     assert found.keys() == set(requests)
     for request, likelihood in found.items():
         assert likelihood.log_probability == pytest.approx(expected[request].log_probability, abs=1e-4)
         assert likelihood.greedy == expected[request].greedy
-    texts = {(request.context + request.continuation)[:-1] for request in requests}
-    assert together.texts == -(-len(texts) // 7)
+    packs = variant not in ("bloom", "falcon-rw", "mistral-sliding", "gemma2", "gemma3")
+    assert (packing.texts < 0.6 * plain.texts) == packs
+    assert packing.tokens < 0.8 * plain.tokens or not packs
+
+
+def test_rows_of_texts_that_begin_alike() -> None:
+    prompt = tuple(range(1, 31))
+    answers = [(*prompt, 40, 41), (*prompt, 50), prompt]
+    other = (7, *prompt[1:])
+    batches = cut_batches([*answers, other], 100)
+    assert [[(set(row.texts), row.length) for row in batch] for batch in batches] == [
+        [(set(answers), 33), ({other}, 30)]
+    ]
+    assert [len(batch) for batch in cut_batches([*answers, other], 60)] == [1, 1]
+    packed = pack(batches[0])
+    for text, row, places in packed.texts:
+        assert tuple(packed.tokens[row, places].tolist()) == text
+        assert packed.positions[row, places].tolist() == list(range(len(text)))
+        seen = packed.visible[row, 0, places]
+        assert torch.equal(seen[:, places], torch.ones(len(text), len(text), dtype=torch.bool).tril())
+        assert seen.sum() == len(text) * (len(text) + 1) // 2
 
 
 def test_reuse_of_prefixes_with_the_int8_cache(checkpoint: Path) -> None:

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from fptq.errors import EvaluationError
 from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean, perplexity_ratio
+from fptq.evaluate.packing import Packed, Text, cut_batches, longest_packed, pack, shared_tokens
 from fptq.evaluate.requests import Request, answer
 from fptq.integrations.transformers import W4A8Linear, crop_cache
 from fptq.models.loading import cache_argument
@@ -27,6 +27,8 @@ from fptq.progress import progress_bar
 from fptq.runtime.engine import Engine
 from fptq.runtime.sampling import Sampling
 
+TOKENS_AT_ONCE = 1024
+"""Tokens of texts side by side in one forward pass that suit a CPU."""
 HEAD_ROWS = 256  # positions whose logits exist at once: 262,144 words of vocabulary are 268 MB
 
 
@@ -60,10 +62,6 @@ class Scored(Protocol):
         Not for a model that looks at a whole text at once, such as one with quantization simulated over all its tokens.
         """
 
-    @property
-    def texts_at_once(self) -> int:
-        """How many texts `score_ends` computes together."""
-
     def score(self, window: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield log p of the whole vocabulary after each token of a window but the last, [up to HEAD_ROWS, vocabulary].
 
@@ -71,11 +69,13 @@ class Scored(Protocol):
             window: token ids [length].
         """
 
-    def score_ends(self, texts: Sequence[tuple[Sequence[int], int]]) -> Iterator[Iterator[torch.Tensor]]:
-        """Yield for each text log p of the vocabulary after its last tokens, in pieces [up to HEAD_ROWS, vocabulary].
+    def score_ends(self, texts: Mapping[Text, int]) -> Iterator[tuple[Text, Iterable[torch.Tensor]]]:
+        """Yield each text with log p of the vocabulary after its last tokens, in pieces [up to HEAD_ROWS, vocabulary].
+
+        They come in the order that is best to compute. A text's pieces are to be used before the next text.
 
         Args:
-            texts: the tokens of each, and how many of its last ones are meant; at most `texts_at_once`.
+            texts: how many of its last tokens are meant, by each text's token ids.
         """
 
     def write(self, tokens: Sequence[int], tokenizer: Any, writing: Writing) -> str:
@@ -108,7 +108,8 @@ class ScoredModel:
         model: in memory.
         new_cache: makes the KV cache of one forward pass, None for no cache.
         reuses_prefixes: False runs every text whole, in one forward pass of its own.
-        texts_at_once: texts in one forward pass; with more than one, no prefix is reused. For an accelerator.
+        tokens_at_once: of texts in one forward pass, side by side (see `packing`), where the architecture allows it;
+            0 runs one text after the other.
         identity: see `Scored.identity`.
     """
 
@@ -118,7 +119,7 @@ class ScoredModel:
         new_cache: Callable[[], Any] | None = None,
         *,
         reuses_prefixes: bool = True,
-        texts_at_once: int = 1,
+        tokens_at_once: int = 0,
         identity: str = "",
     ):
         self.model = model
@@ -128,8 +129,9 @@ class ScoredModel:
         self.identity = identity
         self.vocabulary: int = model.config.vocab_size
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
-        self.reuses_prefixes = reuses_prefixes and texts_at_once == 1
-        self.texts_at_once = texts_at_once
+        self.reuses_prefixes = reuses_prefixes
+        self._tokens_at_once = tokens_at_once
+        self._longest_packed = min(tokens_at_once, longest_packed(model))
         self._device = next(model.parameters()).device
         self._new_cache = new_cache or (lambda: None)
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
@@ -137,10 +139,14 @@ class ScoredModel:
         self._cache: Any = None
 
     @torch.no_grad()
-    def hidden(self, tokens: torch.Tensor, cache: Any = None) -> torch.Tensor:
-        """Return the head's inputs [batch, length, hidden] for token ids [batch, length], after those in the cache."""
+    def hidden(self, tokens: torch.Tensor, cache: Any = None, **placed: torch.Tensor) -> torch.Tensor:
+        """Return the head's inputs [batch, length, hidden] for token ids [batch, length], after those in the cache.
+
+        `placed` may have a mask and positions, where they aren't those of texts alone.
+        """
         cache = self._new_cache() if cache is None else cache
-        return self._base(tokens, **cache_argument(self._base, cache), use_cache=cache is not None).last_hidden_state
+        arguments = {**cache_argument(self._base, cache), "use_cache": cache is not None, **placed}
+        return self._base(tokens, **arguments).last_hidden_state
 
     @torch.no_grad()
     def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -155,21 +161,38 @@ class ScoredModel:
         for rows in self.hidden(window[None].to(self._device))[0, :-1].split(HEAD_ROWS):
             yield self.log_probabilities(rows)
 
-    def score_ends(self, texts: Sequence[tuple[Sequence[int], int]]) -> Iterator[Iterator[torch.Tensor]]:
-        """See `Scored.score_ends`. Texts are padded on the right, where no token before the padding looks."""
-        if self.texts_at_once == 1:
-            yield from (self._score_end(tokens, rows) for tokens, rows in texts)
-            return
-        padded = pad_sequence([torch.tensor(tokens) for tokens, _ in texts], batch_first=True)
-        for hidden, (tokens, rows) in zip(self.hidden(padded.to(self._device)), texts, strict=True):
-            parts = hidden[len(tokens) - rows : len(tokens)].split(HEAD_ROWS)
-            yield (self.log_probabilities(part) for part in parts)
+    def score_ends(self, texts: Mapping[Text, int]) -> Iterator[tuple[Text, Iterable[torch.Tensor]]]:
+        """See `Scored.score_ends`."""
+        packed = [text for text in texts if len(text) <= self._longest_packed]
+        for batch in cut_batches(packed, self._tokens_at_once):
+            yield from self._score_batch(pack(batch), texts)
+        for text in sorted(texts.keys() - packed):
+            yield text, self._score_end(text, texts[text])
+
+    def _score_batch(self, batch: Packed, rows: Mapping[Text, int]) -> Iterator[tuple[Text, Iterable[torch.Tensor]]]:
+        """Yield what `score_ends` does of texts side by side; the head runs for several of them, too."""
+        mask = torch.zeros(batch.visible.shape, dtype=self.model.dtype)
+        mask.masked_fill_(~batch.visible, torch.finfo(mask.dtype).min)
+        placed = {"attention_mask": mask.to(self._device), "position_ids": batch.positions.to(self._device)}
+        hidden = self.hidden(batch.tokens.to(self._device), **placed)
+        ends = [(text, hidden[row, places[-rows[text] :]]) for text, row, places in batch.texts]
+        while ends:
+            count, total = 1, len(ends[0][1])
+            while count < len(ends) and total + len(ends[count][1]) <= HEAD_ROWS:
+                total += len(ends[count][1])
+                count += 1
+            part, ends = ends[:count], ends[count:]
+            if count == 1:
+                yield part[0][0], map(self.log_probabilities, part[0][1].split(HEAD_ROWS))
+                continue
+            logs = self.log_probabilities(torch.cat([end for _, end in part])).split([len(end) for _, end in part])
+            yield from ((text, [piece]) for (text, _), piece in zip(part, logs, strict=True))
 
     def _score_end(self, tokens: Sequence[int], rows: int) -> Iterator[torch.Tensor]:
         """Yield what `score_ends` does of one text."""
         kept, cache = 0, None
         if self.reuses_prefixes:
-            kept = min(_shared(self._text, tokens), len(tokens) - rows)
+            kept = min(shared_tokens(self._text, tokens), len(tokens) - rows)
             if kept == 0 or not crop_cache(self._cache, kept):
                 own = self._new_cache()
                 kept, self._cache = 0, empty_cache(self.model) if own is None else own
@@ -211,7 +234,6 @@ class ScoredEngine:
         self.vocabulary = engine.plan.vocabulary
         self.context: int | None = engine.context
         self.reuses_prefixes = reuses_prefixes
-        self.texts_at_once = 1
         self._text: tuple[int, ...] = ()
         self._sequence = engine.sequence()
 
@@ -221,14 +243,14 @@ class ScoredEngine:
         for logits in self.engine.score(window[:-1].tolist(), rows=HEAD_ROWS):
             yield torch.log_softmax(torch.from_numpy(logits), dim=-1)
 
-    def score_ends(self, texts: Sequence[tuple[Sequence[int], int]]) -> Iterator[Iterator[torch.Tensor]]:
+    def score_ends(self, texts: Mapping[Text, int]) -> Iterator[tuple[Text, Iterable[torch.Tensor]]]:
         """See `Scored.score_ends`."""
-        return (self._score_end(tokens, rows) for tokens, rows in texts)
+        return ((text, self._score_end(text, texts[text])) for text in sorted(texts))
 
     def _score_end(self, tokens: Sequence[int], rows: int) -> Iterator[torch.Tensor]:
         """Yield what `score_ends` does of one text."""
         first = len(tokens) - rows
-        start = min(_shared(self._text, tokens), first) if self.reuses_prefixes else 0
+        start = min(shared_tokens(self._text, tokens), first) if self.reuses_prefixes else 0
         self._sequence.truncate(start)
         while start < len(tokens):
             end = min(max(start, first) + HEAD_ROWS, len(tokens))
@@ -251,11 +273,6 @@ class ScoredEngine:
         """Give the last text's place in the KV cache back."""
         self._sequence.truncate(0)
         self._text = ()
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two texts share at the beginning."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def cut_windows(tokens: list[int], start: list[int], length: int, limit: int | None) -> torch.Tensor:

@@ -1,10 +1,8 @@
 """The question that benchmark tasks ask of a model: how probable is this continuation of that context?
 
-Requests are answered text by text in the order of their tokens, so that a text begins like the one before it, and a
-model that `reuses_prefixes` computes only what is new: the answers of a multiple-choice question share its whole
-prompt, the questions of a few-shot task share their examples.
-
-A model that computes several texts at once gets them in the order of their lengths instead.
+A model that is scored one text after the other gets them in the order of their tokens, so that each begins like the one
+before it and only what is new is computed: the answers of a multiple-choice question share its whole prompt, the
+questions of a few-shot task share their examples. Others compute several texts side by side (`packing`).
 """
 
 from __future__ import annotations
@@ -49,14 +47,9 @@ def answer(model: Scored, requests: Iterable[Request]) -> Iterator[tuple[Request
     texts: dict[tuple[int, ...], list[Request]] = {}
     for request in dict.fromkeys(requests):
         texts.setdefault((request.context + request.continuation)[:-1], []).append(request)
-    together = model.texts_at_once
-    order = sorted(texts) if together == 1 else sorted(texts, key=len)  # texts of one pass are padded to the longest
-    for first in range(0, len(order), together):
-        asked = [texts[tokens] for tokens in order[first : first + together]]
-        rows = [max(len(request.continuation) for request in requests) for requests in asked]
-        ends = model.score_ends(list(zip(order[first : first + together], rows, strict=True)))
-        for requests, count, pieces in zip(asked, rows, ends, strict=True):
-            yield from zip(requests, _answer_text(pieces, count, requests), strict=True)
+    rows = {text: max(len(request.continuation) for request in asked) for text, asked in texts.items()}
+    for text, pieces in model.score_ends(rows):
+        yield from zip(texts[text], _answer_text(pieces, rows[text], texts[text]), strict=True)
 
 
 def _answer_text(pieces: Iterable[torch.Tensor], rows: int, requests: Sequence[Request]) -> list[Likelihood]:

@@ -16,6 +16,7 @@ from fptq.checkpoint import Checkpoint, is_checkpoint
 from fptq.errors import EvaluationError, ModelError, UnsupportedModelError
 from fptq.evaluate.estimates import Estimate, mean, share
 from fptq.evaluate.fidelity import (
+    TOKENS_AT_ONCE,
     Scored,
     ScoredEngine,
     ScoredModel,
@@ -233,7 +234,8 @@ def open_model(model: str, runtime: str = AUTO, length: int = LONGEST_TEXT) -> t
 def _open_float(model: str) -> tuple[Scored, Any]:
     opened = FloatModel.open(model)
     identity = f"{opened.name}, float32, {_digest(opened.tensors.identity())}"
-    return ScoredModel(opened.load_all(torch.float32), identity=identity), opened.tokenizer
+    model = opened.load_all(torch.float32)
+    return ScoredModel(model, tokens_at_once=TOKENS_AT_ONCE, identity=identity), opened.tokenizer
 
 
 def _open_checkpoint(folder: str, runtime: str, length: int) -> tuple[Scored, Any]:

@@ -242,14 +242,15 @@ class _Job:
         batches *= 2 if self.recipe.propagate_error else 1
         if isinstance(self.walk, CalibrationWalk):
             batches += len(self.walk.float_batches)
+        then = ", tuning follows" if self.recipe.tuning_steps else ""  # which has a bar, and a time left, of its own
         with progress_bar(blocks * batches, initial=(reached or 0) * batches, show=self.options.progress) as bar:
             self.walk.begin(fresh=reached is None)
             if reached is None:
                 self.workspace.note(0)
             for index in range(reached or 0, blocks):
-                bar.set_description(f"block {index + 1}/{blocks}")
+                bar.set_description(f"block {index + 1}/{blocks}{then}")
                 self._quantize_block(index, writer, bar)
-            bar.set_description("writing")
+            bar.set_description(f"blocks done{then}" if then else "writing")
 
     def _checkpoint_bytes(self) -> float:
         """Return about what the checkpoint will take: codes and a 16-bit scale a group, the rest as it is stored."""
