@@ -55,13 +55,6 @@ class Scored(Protocol):
     def kernels(self) -> list[str]:
         """Which kernels compute the linear layers."""
 
-    @property
-    def reuses_prefixes(self) -> bool:
-        """Whether what a text shares with the one before isn't computed again.
-
-        Not for a model that looks at a whole text at once, such as one with quantization simulated over all its tokens.
-        """
-
     def score(self, window: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield log p of the whole vocabulary after each token of a window but the last, [up to HEAD_ROWS, vocabulary].
 
@@ -107,7 +100,8 @@ class ScoredModel:
     Args:
         model: in memory.
         new_cache: makes the KV cache of one forward pass, None for no cache.
-        reuses_prefixes: False runs every text whole, in one forward pass of its own.
+        reuses_prefixes: False runs every text whole, in one forward pass of its own: for a model that looks at a whole
+            text at once, such as one with quantization simulated over all its tokens.
         tokens_at_once: of texts in one forward pass, side by side (see `packing`), where the architecture allows it;
             0 runs one text after the other.
         identity: see `Scored.identity`.
@@ -131,7 +125,7 @@ class ScoredModel:
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
         self.reuses_prefixes = reuses_prefixes
         self._tokens_at_once = tokens_at_once
-        self._longest_packed = min(tokens_at_once, longest_packed(model))
+        self._longest_packed = min(tokens_at_once, longest_packed(model)) if reuses_prefixes else 0
         self._device = next(model.parameters()).device
         self._new_cache = new_cache or (lambda: None)
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
