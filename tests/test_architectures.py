@@ -18,7 +18,7 @@ from fptq.quantize.walk import CalibrationWalk
 from fptq.recipe import Recipe
 from tiny import VARIANTS, save_tiny, token_ids
 
-EQUALIZE_EVERYTHING = Recipe("all", v0=0.0, v1=1e30, fuse_into_linear=True)
+EQUALIZE_EVERYTHING = Recipe("all", v0=0.0, v1=1e30, fuse_into_linear=True, equalize_keys=True)
 
 
 def tolerance(model: nn.Module) -> float:
@@ -54,7 +54,7 @@ def equalized_logits(
             statistics = walk.observe(index, block, lambda: None)
             weights = {name: block.get_submodule(name).weight for group in source.groups for name in group.layers}
             plan = decide(source.groups, statistics, recipe, source.block_name(index), weights)
-            equalize_(block, source.groups, plan.scales, statistics)
+            equalize_(block, source.groups, plan.scales, statistics, keys=recipe.equalize_keys)
             if spoil != 1.0 and index == 0:
                 first = next(g for g in source.groups if g.layers[0] in plan.scales)
                 column = int(np.argmax(statistics.inputs[first.layers[0]].channel_max))
@@ -89,6 +89,32 @@ def test_a_wrong_scale_is_noticed(variant: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", variant)
     original, equalized, source = equalized_logits(folder, tmp_path, spoil=1.01)
     assert relative_error(original, equalized) > 3 * tolerance(source.model)
+
+
+@pytest.mark.parametrize("variant", ["llama", "phi3", "glm", "gpt_neox", "gemma3", "falcon-40b"])
+def test_a_key_scale_that_breaks_rotary_pairs_is_noticed(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fptq.models.architectures._rotary_pairs", lambda _, head_dim, **__: np.arange(head_dim))
+    original, equalized, source = equalized_logits(save_tiny(tmp_path / "model", variant), tmp_path)
+    assert relative_error(original, equalized) > 3 * tolerance(source.model)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equalized_keys_reach_the_same_maximum_wherever_a_scale_is_free(variant: str, tmp_path: Path) -> None:
+    source = FloatModel.open(str(save_tiny(tmp_path / "model", variant)))
+    keys = next(group.keys for group in source.groups if group.keys)
+    walk = CalibrationWalk(source, token_ids().numpy(), torch.float64, tmp_path)
+    walk.begin(fresh=True)
+    with source.loaded_block(0, torch.float64) as block:
+        before = walk.observe(0, block, lambda: None)
+        ranges = equalize_(block, source.groups, {}, before, keys=True)
+        after = walk.observe(0, block, lambda: None).key_channel_max
+    heads, head_dim = keys.sharing.shape
+    after = after.reshape(heads, -1, head_dim).max(1)
+    largest = [after[keys.sharing == number].max() for number in np.unique(keys.sharing)]
+    np.testing.assert_allclose(largest, ranges.key, rtol=1e-5)
+    assert ranges.key < 0.9 * before.key_channel_max.max()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

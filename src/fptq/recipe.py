@@ -88,6 +88,8 @@ class Recipe:
         alpha: exponent of LAE's logarithm (Eq. 5; 1 is Eq. 1), or SmoothQuant's migration strength.
         fuse_into_linear: also equalize where the scale fuses into the rows of a linear layer (attention output into
             v_proj, down_proj into up_proj, FC2 into FC1 through ReLU). The paper fuses into norms only.
+        equalize_keys: divide each channel of the keys by its maximum, fused into what computes them, and multiply the
+            queries, which stay in float, as much: the int8 cache's one step then suits every channel.
         outliers: what is done to inputs between v0 and v1 in place of equalization: "clip" takes the static scale from
             a percentile of the tensor's |x|, "winsorize" from the largest of its channels' percentiles, "channels"
             gives each channel a scale at run time.
@@ -119,6 +121,7 @@ class Recipe:
     equalization: str = "lae"
     alpha: float = 1.0
     fuse_into_linear: bool = False
+    equalize_keys: bool = False
     outliers: str = "none"
     percentile: float = 99.9
     clusters: int = 32
@@ -188,6 +191,8 @@ class Recipe:
             idle.append("alpha")
         if self.equalization == "none" and self.outliers == "none":
             idle.append("fuse_into_linear")
+        if self.kv_cache == "float":
+            idle.append("equalize_keys")
         if self.activations in ("dynamic", "float"):
             idle.append("dynamic")
         if self.activations != "table2":
@@ -275,7 +280,9 @@ def _presets() -> dict[str, Preset]:
         "fptq-gptq", usual, "fptq with weights rounded by GPTQ after LAE (the paper's FPTQ_GPTQ)", fptq, rounding="gptq"
     )
     beyond = "beyond FPTQ, with parts of AWQ, GPTQ and EfficientQAT"
-    searched = replace(usual, equalization="search", clipping="search", dynamic=fc2, fuse_into_linear=True)
+    searched = replace(
+        usual, equalization="search", clipping="search", dynamic=fc2, fuse_into_linear=True, equalize_keys=True
+    )
     best = replace(searched, rounding="gptq", propagate_error=True, tuning_steps=100)
     add(
         "fptq-best",

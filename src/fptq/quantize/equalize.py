@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fptq import numerics
-from fptq.models.architectures import InputGroup, NormSource, RowsSource
+from fptq.models.architectures import InputGroup, KeySource, NormSource, RowsSource
 from fptq.quantize.observe import BlockStatistics, InputStatistics
 from fptq.recipe import Activation, Recipe, Role
 
@@ -184,13 +184,31 @@ def _sharing(source: NormSource | RowsSource | None) -> Callable[[np.ndarray], n
     if not isinstance(source, RowsSource):
         return lambda values: values
     rows = source.rows
+    return lambda values: _largest_shared(values, rows)
 
-    def share(values: np.ndarray) -> np.ndarray:
-        largest = np.zeros(int(rows.max()) + 1, values.dtype)
-        np.maximum.at(largest, rows, values)
-        return largest[rows]
 
-    return share
+def _largest_shared(values: np.ndarray, sharing: np.ndarray) -> np.ndarray:
+    """Return each value replaced by the largest of those that have its number in `sharing`, which has their shape."""
+    largest = np.zeros(int(sharing.max()) + 1, values.dtype)
+    np.maximum.at(largest, sharing, values)
+    return largest[sharing]
+
+
+def key_scale(channel_max: np.ndarray, sharing: np.ndarray) -> np.ndarray:
+    """Return the scale of each channel of the keys, [kv_heads, head_dim]: its max|K|, with the geometric mean 1.
+
+    The queries that a channel meets are multiplied by its scale, but they aren't rounded: a channel's rounding error
+    comes to s · max(max|K| / s) there, whose least is its own max|K|. (SmoothAttention of QServe, arXiv 2405.04532, has
+    the square root of the maximum.) Channels that are always zero get 1.
+
+    Args:
+        channel_max: max|K| of each channel, after rotary embedding.
+        sharing: of `KeySource`.
+    """
+    largest = _largest_shared(channel_max, sharing).astype(np.float64)
+    known = largest > 0
+    middle = np.exp(np.log(largest[known]).mean()) if known.any() else 1.0
+    return np.where(known, largest / middle, 1.0).astype(np.float32)
 
 
 def range_after(channel_max: np.ndarray, scale: np.ndarray) -> float:
@@ -212,6 +230,8 @@ def equalize_(
     groups: list[InputGroup],
     scales: dict[str, np.ndarray],
     statistics: BlockStatistics,
+    *,
+    keys: bool = False,
 ) -> CacheRanges:
     """Fuse the scales into the block's weights and return the cache's ranges as they are after it.
 
@@ -220,10 +240,13 @@ def equalize_(
         groups: the block's input groups.
         scales: s [k] of each group to equalize, by its first layer.
         statistics: what was observed before.
+        keys: also equalize the channels of the keys.
     """
-    value_max = statistics.value_channel_max
+    key_max, value_max = statistics.key_channel_max, statistics.value_channel_max
     for group in groups:
         first = group.layers[0]
+        if keys and group.keys is not None:
+            key_max = _equalize_keys_(block, group.keys, key_max)
         if first not in scales or group.source is None:
             continue
         s = scales[first]
@@ -235,7 +258,27 @@ def equalize_(
             # query heads that share a value head have the same scales: the first of each set speaks for it
             kv_heads, head_dim = value_max.shape
             value_max = value_max / s.reshape(kv_heads, -1, head_dim)[:, 0]
-    return CacheRanges(statistics.key_max, float(value_max.max(initial=0.0)))
+    return CacheRanges(float(key_max.max(initial=0.0)), float(value_max.max(initial=0.0)))
+
+
+def _equalize_keys_(block: nn.Module, source: KeySource, channel_max: np.ndarray) -> np.ndarray:
+    """Fuse the keys' scale into what computes keys and queries, and return max|K| of each channel after it.
+
+    Args:
+        block: a decoder block with its weights loaded; changed in place.
+        source: what computes them.
+        channel_max: max|K| [heads, head_dim], before; some models repeat a key head for each of its query heads.
+    """
+    kv_heads, head_dim = source.sharing.shape
+    channel_max = channel_max.reshape(kv_heads, -1, head_dim).max(1)
+    s = key_scale(channel_max, source.sharing)
+    for part, scale in ((source.keys, s), (source.queries, 1 / s.astype(np.float64))):
+        if isinstance(part, NormSource):
+            _divide_output_(block, part, scale[0])
+        else:
+            heads = len(part.rows) // head_dim
+            _divide_output_(block, part, scale.repeat(heads // kv_heads, axis=0).reshape(-1))
+    return channel_max / s
 
 
 def _divide_output_(block: nn.Module, source: NormSource | RowsSource, s: np.ndarray) -> None:

@@ -180,25 +180,27 @@ class BlockStatistics:
 
     Attributes:
         inputs: one entry for each input group, keyed by the group's first layer.
-        key_max: max|K| after rotary embedding.
+        key_channel_max: per-channel max|K| after rotary embedding, [kv_heads, head_dim].
         value_channel_max: per-channel max|V|, [kv_heads, head_dim].
     """
 
     inputs: dict[str, InputStatistics]
-    key_max: float = 0.0
+    key_channel_max: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     value_channel_max: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     def update_cache_ranges(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add keys and values [batch, kv_heads, tokens, head_dim], as attention hands them to its cache."""
-        self.key_max = max(self.key_max, float(keys.abs().max()))
-        per_channel = values.detach().abs().amax(dim=(0, 2)).float().numpy()
-        if self.value_channel_max.size:
-            per_channel = np.maximum(self.value_channel_max, per_channel)
-        self.value_channel_max = per_channel
+
+        def largest(states: torch.Tensor, before: np.ndarray) -> np.ndarray:
+            found = states.detach().abs().amax(dim=(0, 2)).float().numpy()
+            return np.maximum(before, found) if before.size else found
+
+        self.key_channel_max = largest(keys, self.key_channel_max)
+        self.value_channel_max = largest(values, self.value_channel_max)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return everything as arrays by name, as `from_arrays` takes it."""
-        arrays = {"key_max": np.array(self.key_max), "value_channel_max": self.value_channel_max}
+        arrays = {"key_channel_max": self.key_channel_max, "value_channel_max": self.value_channel_max}
         for first, seen in self.inputs.items():
             for part in fields(seen):
                 value = getattr(seen, part.name)
@@ -220,7 +222,7 @@ class BlockStatistics:
             if "tensor_percentile" in parts:
                 parts["tensor_percentile"] = float(parts["tensor_percentile"])
         statistics = {first: InputStatistics(**parts) for first, parts in inputs.items()}
-        return cls(statistics, float(arrays["key_max"]), arrays["value_channel_max"])
+        return cls(statistics, arrays["key_channel_max"], arrays["value_channel_max"])
 
 
 class AllSeenError(Exception):

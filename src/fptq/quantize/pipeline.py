@@ -273,7 +273,7 @@ class _Job:
             if self.walk.dtype is not torch.float32:
                 self.source.load(block, name, torch.float32)  # only the activations are computed in less
             plan = decide(groups, statistics, self.recipe, name, _weights(block, groups))
-            ranges = equalize_(block, groups, plan.scales, statistics)
+            ranges = equalize_(block, groups, plan.scales, statistics, keys=self._equalizes_keys)
             linears = round_weights(block, groups, plan, statistics, self.recipe)
             sqnr = measure_sqnr(block, linears, lambda: self.walk.run_first_batch(index))
 
@@ -286,7 +286,8 @@ class _Job:
                 scales = cache_scales(ranges)
                 tensors |= cache_tensors(attention, scales)
                 cache = {
-                    "key_range": statistics.key_max,
+                    "key_range": float(statistics.key_channel_max.max()),
+                    "key_range_after": ranges.key,
                     "value_range": float(statistics.value_channel_max.max()),
                     "value_range_after": ranges.value,
                     "k_scale": scales.key,
@@ -309,6 +310,10 @@ class _Job:
         write_durably(writer.part(f"block-{index:05d}", ".npz"), _npz_writer(arrays))
         self.workspace.note(index + 1)
 
+    @property
+    def _equalizes_keys(self) -> bool:
+        return self.recipe.equalize_keys and self.recipe.kv_cache == "int8"
+
     def _propagate(self, index: int, block: nn.Module, linears: dict[str, QuantizedLinear], bar: Any) -> None:
         """Make what the quantized block gives the next one's inputs."""
         assert isinstance(self.walk, CalibrationWalk)
@@ -325,6 +330,9 @@ class _Job:
         What equalization changed outside of a matrix is kept in float32, so that storing it undoes nothing.
         """
         changed = {layer.equalized_by for layer in plan.layers.values()}
+        if self._equalizes_keys:
+            sources = [group.keys for group in self.source.groups if group.keys]
+            changed |= {part.name for source in sources for part in (source.keys, source.queries)}
         tensors = {}
         for key, tensor in block.state_dict().items():
             owner = key.rpartition(".")[0]
@@ -503,7 +511,10 @@ def _weights(block: nn.Module, groups: list[InputGroup]) -> dict[str, torch.Tens
 
 def _statistics_arrays(name: str, statistics: BlockStatistics, plan: BlockPlan) -> dict[str, np.ndarray]:
     """Return what is kept of a block's statistics, by name."""
-    arrays = {f"{name}.value_channel_max": statistics.value_channel_max}
+    arrays = {
+        f"{name}.key_channel_max": statistics.key_channel_max,
+        f"{name}.value_channel_max": statistics.value_channel_max,
+    }
     for layer, seen in statistics.inputs.items():
         arrays[f"{name}.{layer}.channel_max"] = seen.channel_max
         arrays[f"{name}.{layer}.histogram"] = seen.histogram
