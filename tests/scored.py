@@ -7,6 +7,8 @@ import torch
 
 from fptq.evaluate.fidelity import ScoredModel
 from fptq.models.loading import FloatModel
+from fptq.quantize import CalibrationSpec, Options, quantize
+from fptq.recipe import get_recipe
 from tiny import save_tiny
 from tokens import save_byte_tokenizer
 
@@ -16,6 +18,11 @@ def save_model(folder: Path, variant: str = "llama", **changes: Any) -> Path:
     model = save_tiny(folder, variant, spread=0.5, vocab_size=260, **{**context, **changes})
     save_byte_tokenizer(model, bos=variant != "qwen2")
     return model
+
+
+def quantize_model(model: Path, folder: Path) -> Path:
+    spec = CalibrationSpec("random", samples=4, length=24)
+    return quantize(str(model), folder, get_recipe("fptq", group_size=32), spec, Options(progress=False))
 
 
 def open_float(folder: Path) -> tuple[ScoredModel, Any]:

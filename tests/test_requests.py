@@ -11,10 +11,8 @@ from fptq.evaluate.packing import cut_batches, pack
 from fptq.evaluate.requests import Request, answer
 from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel
-from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import get_recipe
 from fptq.runtime.engine import Engine
-from scored import Counting, open_float, save_model
+from scored import Counting, open_float, quantize_model, save_model
 from tiny import VARIANTS, save_tiny
 
 
@@ -25,9 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = CalibrationSpec("random", samples=4, length=24)
-    folder = tmp_path_factory.mktemp("checkpoint") / "q"
-    return quantize(str(model), folder, get_recipe("fptq", group_size=32), spec, Options(progress=False))
+    return quantize_model(model, tmp_path_factory.mktemp("checkpoint") / "q")
 
 
 def requests_with_shared_prefixes(vocabulary: int = 160) -> list[Request]:

@@ -25,10 +25,8 @@ from fptq.evaluate.fidelity import Scored, ScoredEngine
 from fptq.evaluate.runner import open_models
 from fptq.evaluate.scores import TaskScore, TaskSpec
 from fptq.evaluate.tasks import prepare_tasks, run_tasks
-from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import get_recipe
 from fptq.runtime.engine import Engine
-from scored import Counting, open_float, save_model
+from scored import Counting, open_float, quantize_model, save_model
 
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 DEFINITIONS = Path(harness.lm_eval.tasks.__file__).parent
@@ -127,9 +125,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = CalibrationSpec("random", samples=4, length=24)
-    folder = tmp_path_factory.mktemp("checkpoint") / "q"
-    return quantize(str(model), folder, get_recipe("fptq", group_size=32), spec, Options(progress=False))
+    return quantize_model(model, tmp_path_factory.mktemp("checkpoint") / "q")
 
 
 def run(model: Path, spec: TaskSpec, **options: Any) -> dict[str, TaskScore]:

@@ -90,3 +90,11 @@ def save_tiny(
 def token_ids(count: int = 3, length: int = 24, vocabulary: int = 160) -> torch.Tensor:
     """Return fixed random token ids [count, length]."""
     return torch.randint(1, vocabulary, (count, length), generator=torch.Generator().manual_seed(2))
+
+
+def correlated_inputs(k: int, count: int = 400, seed: int = 0) -> torch.Tensor:
+    """Return inputs [count, k] with correlated channels, some of them large."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(count, k // 2, generator=generator) @ torch.randn(k // 2, k, generator=generator)
+    noise = torch.randn(count, k, generator=generator)
+    return (mixed + noise) * torch.exp(torch.randn(k, generator=generator))

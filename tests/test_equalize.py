@@ -1,0 +1,115 @@
+"""Equalization's scales, each against its definition."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fptq import numerics
+from fptq.integrations.transformers import load, new_cache
+from fptq.models.loading import FloatModel
+from fptq.quantize import CalibrationSpec, Options, quantize
+from fptq.quantize.equalize import awq_scale, key_scale, lae_scale, output_error, search_scale, smoothquant_scale
+from fptq.recipe import get_recipe
+from tiny import correlated_inputs, save_tiny, token_ids
+
+
+def test_smoothquant_splits_the_range_between_input_and_weight() -> None:
+    x, w = np.array([8.0, 0.5, 0.0, 3.0], np.float32), np.array([0.5, 2.0, 1.0, 0.0], np.float32)
+    np.testing.assert_allclose(smoothquant_scale(x, w, 0.5), [4.0, 0.5, 1.0, 1.0])
+    s = smoothquant_scale(x, w, 0.75)[:2]
+    np.testing.assert_allclose(s, x[:2] ** 0.75 / w[:2] ** 0.25, rtol=1e-6)
+
+
+def test_awq_finds_the_ratio_of_least_output_error() -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))
+    x = correlated_inputs(64)
+    x[:, 3] *= 50  # a salient channel
+    gram, mean = x.T @ x, x.abs().mean(0)
+
+    def error(s: torch.Tensor) -> float:
+        return output_error(numerics.dequantize_weight(*numerics.quantize_weight(weight * s, 32)) / s - weight, gram)
+
+    found = torch.from_numpy(awq_scale(mean.numpy(), [weight], gram, 32, 4))
+    candidates = [mean ** (i / 20) for i in range(20)]
+    least = min(error(s / (s.max() * s.min()).sqrt()) for s in candidates)
+    assert error(found) == pytest.approx(least, rel=1e-5)
+    assert error(found) < 0.8 * error(torch.ones(64))
+
+
+class TestSearchedScale:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))
+    x = correlated_inputs(64)
+
+    def search(self, x: torch.Tensor, *, static: bool) -> torch.Tensor:
+        rms, maxima = x.square().mean(0).sqrt().numpy(), x.abs().amax(0).numpy()
+        largest = self.weight.abs().amax(0).numpy()
+        found = search_scale(maxima, rms, largest, [self.weight], x.T @ x, len(x), 32, 4, static=static)
+        return torch.from_numpy(found)
+
+    def error(self, s: torch.Tensor, *, static: bool) -> float:
+        """What the scale costs, measured: rounded inputs times rounded weights beside the exact product."""
+        rounded = numerics.dequantize_weight(*numerics.quantize_weight(self.weight * s, 32))
+        x = self.x / s
+        if static:
+            step = float(x.abs().max()) / 127
+            x = (x / step).round() * step
+        return float((x @ rounded.T - self.x @ self.weight.T).square().sum())
+
+    def test_it_is_at_least_as_good_as_every_published_scale(self) -> None:
+        maxima, rms = self.x.abs().amax(0), self.x.square().mean(0).sqrt()
+        published = [torch.ones(64), torch.from_numpy(lae_scale(maxima.numpy())), rms**0.5]
+        published.append(torch.from_numpy(smoothquant_scale(maxima.numpy(), self.weight.abs().amax(0).numpy(), 0.5)))
+        for static in (False, True):
+            # the middle of a scale is the search's to choose, and moves roundings a little
+            best = self.error(self.search(self.x, static=static), static=static)
+            assert all(best < 1.05 * self.error(s, static=static) for s in published)
+            assert best < 0.8 * self.error(torch.ones(64), static=static)
+
+    def test_static_inputs_move_more_of_the_range_into_the_weight(self) -> None:
+        x = self.x.clone()
+        x[::100, 5] = 300  # a step for these few is one for all
+        dynamic, static = self.search(x, static=False), self.search(x, static=True)
+
+        def spread(s: torch.Tensor) -> float:
+            channels = (x / s).abs().amax(0)
+            return float(channels.max() / channels.mean())
+
+        assert spread(static) < spread(dynamic)
+
+    def test_a_dead_channel_has_no_scale(self) -> None:
+        x = self.x.clone()
+        x[:, 9] = 0
+        found = self.search(x, static=True)
+        assert found[9] == 1
+        assert bool(torch.isfinite(found).all())
+        torch.testing.assert_close(self.search(0 * x, static=True), torch.ones(64))
+
+
+def test_a_key_scale_is_its_pairs_maximum_around_one() -> None:
+    channel_max = np.array([[8.0, 0.0, 2.0, 0.0], [1.0, 1.0, 1.0, 0.5]], np.float32)
+    scale = key_scale(channel_max, np.array([[0, 1, 0, 1], [2, 3, 2, 3]]))
+    np.testing.assert_allclose(scale, [[4, 1, 4, 1], [0.5, 0.5, 0.5, 0.5]], rtol=1e-6)  # 8, 1 and 1 have the middle 2
+    assert (key_scale(np.zeros((1, 2), np.float32), np.array([[0, 1]])) == 1).all()
+
+
+def test_equalized_keys_survive_a_large_bias(tmp_path: Path) -> None:
+    """Key biases of Qwen2 models reach hundreds: with one step for all channels, none is left for the others."""
+    model = FloatModel.open(str(save_tiny(tmp_path / "source", "qwen2"))).load_all(torch.float32)
+    for block in model.model.layers:
+        bias = block.self_attn.k_proj.bias.detach()
+        bias[bias.numel() // 2 - 1] = 200.0  # a pair that turns slowly: it says nothing of where a key is
+    model.save_pretrained(tmp_path / "model")
+    ids = token_ids()
+    calibration, errors = CalibrationSpec("random", samples=4, length=32), {}
+    with torch.no_grad():
+        wanted = model(ids).logits
+        for keys in (False, True):
+            recipe = get_recipe("rtn-w8a8", equalize_keys=keys)
+            quantized, _ = load(
+                quantize(str(tmp_path / "model"), tmp_path / str(keys), recipe, calibration, Options(progress=False))
+            )
+            found = quantized(ids, past_key_values=new_cache(quantized)).logits
+            errors[keys] = float((found - wanted).square().mean())
+    assert errors[True] < 0.25 * errors[False]
