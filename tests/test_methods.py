@@ -366,18 +366,13 @@ def test_a_recording_of_something_else_is_refused(model: Path, tmp_path: Path) -
 
 
 def test_error_is_propagated_where_the_recipe_says_so(model: Path, tmp_path: Path) -> None:
-    """The second block's ranges come from the first quantized block's outputs; the first block's are the float ones.
-
-    Where the CPU has products in bfloat16, they are observed with these.
-    """
+    """The second block's ranges come from the first quantized block's outputs; the first block's are the float ones."""
     plain = make(model, get_recipe("gptq-w4a16", group_size=32, propagate_error=False), tmp_path / "a").record["layers"]
     recipe = get_recipe("gptq-w4a16", group_size=32)
     propagated = make(model, recipe, tmp_path / "b").record["layers"]
     name = "model.layers.{}.mlp.gate_proj"
-    bfloat16 = 2**-9
-    before = [(plain[layer]["range_before"], propagated[layer]["range_before"]) for layer in map(name.format, (0, 1))]
-    assert before[0][1] == pytest.approx(before[0][0], rel=bfloat16)
-    assert before[1][1] != pytest.approx(before[1][0], rel=bfloat16)
+    assert plain[name.format(0)]["range_before"] == propagated[name.format(0)]["range_before"]
+    assert plain[name.format(1)]["range_before"] != propagated[name.format(1)]["range_before"]
 
     half = load(tmp_path / "b")[0]
     seen: list[float] = []
@@ -391,7 +386,7 @@ def test_error_is_propagated_where_the_recipe_says_so(model: Path, tmp_path: Pat
     whole.model.layers[0] = half.model.layers[0]
     with torch.no_grad():
         whole(torch.from_numpy(tokens))
-    assert before[1][1] == pytest.approx(max(seen), rel=bfloat16)
+    assert propagated[name.format(1)]["range_before"] == pytest.approx(max(seen), rel=1e-5)
 
 
 def test_training_comes_before_rounding(model: Path, tmp_path: Path) -> None:

@@ -144,14 +144,9 @@ class InputStatistics:
             self.histogram += count_magnitudes(part)
             self.histogram_tokens += part.shape[0]
         if self.gram is not None:
-            # where the model's products are in bfloat16, so are these; they are added up in float32
-            products = x.bfloat16() if torch.is_autocast_enabled("cpu") else x
             for first in range(0, len(self.gram), _GRAM_ROWS):
                 rows = slice(first, first + _GRAM_ROWS)
-                if products is x:
-                    self.gram[rows, first:].addmm_(x[:, rows].T, x[:, first:])
-                else:
-                    self.gram[rows, first:] += products[:, rows].T @ products[:, first:]
+                self.gram[rows, first:].addmm_(x[:, rows].T, x[:, first:])
         return magnitude
 
     def complete(self) -> None:
