@@ -70,17 +70,17 @@ def search_clipping(weight: torch.Tensor, gram: torch.Tensor, group_size: int, b
     Arguments are those of `learn_clipping`.
     """
     n, k = weight.shape
-    groups = k // group_size
-    own = gram.reshape(groups, group_size, groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    grouped = weight.reshape(n, groups, group_size).transpose(0, 1)  # [G, n, g], as the product wants it
-    absmax, largest = grouped.abs().max(-1)
-    sign = torch.where(grouped.gather(-1, largest[..., None])[..., 0] > 0, -1.0, 1.0)
-    best = sign * numerics.scale_from_absmax(absmax, bits)
-    least = torch.full_like(best, float("inf"))
-    for ratio in CLIPPING_RATIOS:
-        scales = sign * numerics.scale_from_absmax(ratio * absmax, bits)
-        difference = numerics.quantize(grouped, scales[..., None], bits) * scales[..., None] - grouped
-        errors = (torch.bmm(difference, own) * difference).sum(-1)
-        better = errors < least
-        best, least = torch.where(better, scales, best), torch.where(better, errors, least)
+    best = torch.empty(k // group_size, n)
+    for group, first in enumerate(range(0, k, group_size)):  # one at a time stays in a cache over all ratios
+        own = gram[first : first + group_size, first : first + group_size].contiguous()
+        weights = weight[:, first : first + group_size].contiguous()
+        absmax, largest = weights.abs().max(-1)
+        sign = torch.where(weights.gather(-1, largest[:, None])[:, 0] > 0, -1.0, 1.0)
+        least = torch.full((n,), float("inf"))
+        for ratio in CLIPPING_RATIOS:
+            scales = sign * numerics.scale_from_absmax(ratio * absmax, bits)
+            difference = numerics.quantize(weights, scales[:, None], bits) * scales[:, None] - weights
+            errors = ((difference @ own) * difference).sum(-1)
+            better = errors < least
+            best[group], least = torch.where(better, scales, best[group]), torch.where(better, errors, least)
     return best.T.contiguous()

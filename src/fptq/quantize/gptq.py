@@ -61,15 +61,16 @@ def round_gptq(weight: torch.Tensor, compensation: Compensation, scales: torch.T
     codes = torch.empty(n, k, dtype=torch.int8)
     for start in range(0, k, _COLUMNS):
         stop = min(k, start + _COLUMNS)
-        block, factor = rest[:, start:stop], inverse[start:stop, start:stop]
-        errors = torch.empty_like(block)
+        factor = inverse[start:stop, start:stop]
+        # transposed, a column lies in one piece: what goes over it again and again finds it in a cache
+        columns, steps = (values[:, start:stop].T.contiguous() for values in (rest, step))
+        errors = torch.empty_like(columns)
         for i in range(stop - start):
-            column, scale = block[:, i], step[:, start + i]
-            code = numerics.quantize(column, scale, bits)
+            code = numerics.quantize(columns[i], steps[i], bits)
             codes[:, start + i] = code.to(torch.int8)
-            errors[:, i] = (column - code * scale) / factor[i, i]
-            block[:, i + 1 :] -= errors[:, i, None] * factor[i, i + 1 :]
-        rest[:, stop:] -= errors @ inverse[start:stop, stop:]
+            errors[i] = (columns[i] - code * steps[i]) / factor[i, i]
+            columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+        rest[:, stop:] -= errors.T @ inverse[start:stop, stop:]
     return codes[:, torch.argsort(order)]
 
 

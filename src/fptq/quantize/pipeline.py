@@ -34,6 +34,7 @@ from fptq.checkpoint import (
     quantization_config,
 )
 from fptq.errors import CalibrationError, QuantizationError
+from fptq.memory import keeping_freed_memory
 from fptq.models.architectures import InputGroup, attention_name
 from fptq.models.loading import FloatModel, head_layers, library_versions
 from fptq.progress import progress_bar
@@ -211,7 +212,7 @@ class _Job:
     def run(self) -> Path:
         """Go through all blocks that are not done yet, and finish."""
         check_layers(self.source, self.recipe)
-        with self.workspace.locked():
+        with self.workspace.locked(), keeping_freed_memory():
             if self.workspace.is_done():
                 return self.workspace.destination
             activations = self.walk.disk_bytes()

@@ -10,8 +10,6 @@ Products are computed from the very codes and scales of the file, keys and value
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ids
@@ -21,6 +19,7 @@ import numpy as np
 
 from fptq.checkpoint import Checkpoint
 from fptq.errors import EngineError, GenerationError
+from fptq.memory import give_back_memory
 from fptq.runtime.blueprint import Blueprint, blueprint
 from fptq.runtime.decoder import MAX_ROWS, PREFILL_ROWS, Decoder, Run, make_decoder
 from fptq.runtime.kernels import Kernels
@@ -362,9 +361,3 @@ def _steps(lengths: list[int]) -> Iterator[list[tuple[int, int, int]]]:
                 step, room = [], most
     if step:
         yield step
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system, where the C library keeps it otherwise (glibc)."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: on Windows
-        ctypes.CDLL(None).malloc_trim(0)
