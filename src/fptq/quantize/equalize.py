@@ -25,7 +25,7 @@ AWQ_GRID = 20
 SEARCH_EXPONENTS = tuple(step / 10 for step in range(1, 11))
 """Exponents of the input's magnitude that the search of `search_scale` tries."""
 
-_SEARCH_ROWS, _SEARCH_WEIGHTS = 1024, 1 << 20  # that speak for all of a layer in a search: rows, evenly taken
+_SEARCH_ROWS, _SEARCH_WEIGHTS = 1024, 1 << 18  # that speak for all of a layer in a search: rows, evenly taken
 
 
 def lae_scale(channel_max: np.ndarray, alpha: float = 1.0) -> np.ndarray:
