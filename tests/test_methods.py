@@ -1,5 +1,6 @@
 """The parts that quantization methods are made of, each against its definition."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import ml_dtypes
@@ -365,8 +366,14 @@ def test_a_recording_of_something_else_is_refused(model: Path, tmp_path: Path) -
         recorded(small("gptq-w4a16"))
 
 
-def test_error_is_propagated_where_the_recipe_says_so(model: Path, tmp_path: Path) -> None:
-    """The second block's ranges come from the first quantized block's outputs; the first block's are the float ones."""
+def test_error_is_propagated_where_the_recipe_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second block's ranges come from the first quantized block's outputs; the first block's are the float ones.
+
+    Exactly, where both have products in float32.
+    """
+    monkeypatch.setattr("fptq.quantize.walk.products_in_bfloat16", lambda _: nullcontext())
     plain = make(model, get_recipe("gptq-w4a16", group_size=32, propagate_error=False), tmp_path / "a").record["layers"]
     recipe = get_recipe("gptq-w4a16", group_size=32)
     propagated = make(model, recipe, tmp_path / "b").record["layers"]

@@ -76,6 +76,9 @@ class CalibrationWalk:
     def observe(self, index: int, block: nn.Module, on_batch: Callable[[], object]) -> BlockStatistics:
         """Run the loaded block over all samples, keep its outputs for the next one, and return what was seen.
 
+        Where `propagate` makes the outputs, products are in bfloat16 if the CPU has that: inputs carry the rounding of
+        the blocks before, and will be rounded to int8, beside which that is little.
+
         Raises:
             QuantizationError: an output has a NaN or an infinity.
         """
@@ -85,7 +88,7 @@ class CalibrationWalk:
                 self._run(index, on_batch, statistics.update_cache_ranges)
             else:
                 for batch in self.batches:
-                    with suppress(AllSeenError):
+                    with suppress(AllSeenError), products_in_bfloat16(True):
                         self._stepper.run(index, self._activations(index).read(*batch), statistics.update_cache_ranges)
                     on_batch()
         return statistics
@@ -121,7 +124,8 @@ class CalibrationWalk:
         inputs, outputs = self._activations(index, kind), self._activations(index + 1, kind)
         last = index + 1 == len(self._source.blocks) and not kind
         for start, count in self.float_batches if kind else self.batches:
-            with products_in_bfloat16(bool(kind) and start >= self._exact_samples):
+            observed = observe_cache is not None and self._propagates
+            with products_in_bfloat16(observed or (bool(kind) and start >= self._exact_samples)):
                 states = self._stepper.run(index, inputs.read(start, count), observe_cache)
             if not bool(torch.isfinite(states).all()):
                 raise QuantizationError(
