@@ -126,6 +126,9 @@ def test_searched_clipping_is_each_groups_best_ratio(size: int) -> None:
     assert clipped > 0
     torch.testing.assert_close(found, found.bfloat16().float(), rtol=0, atol=0)
     assert float(search_clipping(torch.zeros(2, 64), x.T @ x, 32, 4).min()) == 1.0
+    plain = numerics.quantize_weight(weight, size)[1]
+    incomparable = search_clipping(weight, torch.full((64, 64), torch.inf), size, 4)
+    torch.testing.assert_close(incomparable.abs(), plain, rtol=0, atol=0)
 
 
 def test_low_rank_correction_is_the_best_of_its_rank() -> None:

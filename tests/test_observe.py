@@ -9,6 +9,7 @@ from fptq.checkpoint import HISTOGRAM_BINS, HISTOGRAM_LOWEST_EXPONENT
 from fptq.models.architectures import InputGroup
 from fptq.quantize.observe import (
     BlockStatistics,
+    Wanted,
     count_magnitudes,
     observing,
 )
@@ -38,6 +39,18 @@ def test_observed_values() -> None:
     assert seen.range == np.abs(flat).max()
     assert seen.histogram.sum() == flat.size
     assert not block.q._forward_pre_hooks
+
+
+def test_gram_matrices_are_in_float32_even_where_the_models_products_are_in_bfloat16() -> None:
+    block, x = Block(), torch.randn(5, 8)
+    groups = [InputGroup(Role.QKV, ("q", "k"), None, "none")]
+    with (
+        observing(block, groups, Wanted(gram=True)) as statistics,
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        block(x)
+    torch.testing.assert_close(statistics.inputs["q"].gram, x.T @ x, rtol=1e-6, atol=1e-6)
 
 
 def test_hooks_are_gone_after_an_error() -> None:

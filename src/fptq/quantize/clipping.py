@@ -76,7 +76,7 @@ def search_clipping(weight: torch.Tensor, gram: torch.Tensor, group_size: int, b
         weights = weight[:, first : first + group_size].contiguous()
         absmax, largest = weights.abs().max(-1)
         sign = torch.where(weights.gather(-1, largest[:, None])[:, 0] > 0, -1.0, 1.0)
-        least = torch.full((n,), float("inf"))
+        best[group], least = sign * numerics.scale_from_absmax(absmax, bits), torch.full((n,), float("inf"))
         for ratio in CLIPPING_RATIOS:
             scales = sign * numerics.scale_from_absmax(ratio * absmax, bits)
             difference = numerics.quantize(weights, scales[:, None], bits) * scales[:, None] - weights

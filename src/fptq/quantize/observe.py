@@ -146,6 +146,7 @@ class InputStatistics:
         if self.gram is not None:
             for first in range(0, len(self.gram), _GRAM_ROWS):
                 rows = slice(first, first + _GRAM_ROWS)
+                # in place: so it stays in float32 within `products_in_bfloat16`, too, and positive semidefinite
                 self.gram[rows, first:].addmm_(x[:, rows].T, x[:, first:])
         return magnitude
 

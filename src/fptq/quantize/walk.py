@@ -76,8 +76,8 @@ class CalibrationWalk:
     def observe(self, index: int, block: nn.Module, on_batch: Callable[[], object]) -> BlockStatistics:
         """Run the loaded block over all samples, keep its outputs for the next one, and return what was seen.
 
-        Where `propagate` makes the outputs, products are in bfloat16 if the CPU has that: inputs carry the rounding of
-        the blocks before, and will be rounded to int8, beside which that is little.
+        Where `propagate` makes the outputs, the model's products are in bfloat16 if the CPU has that: inputs carry the
+        rounding of the blocks before, and will be rounded to int8, beside which that is little.
 
         Raises:
             QuantizationError: an output has a NaN or an infinity.
