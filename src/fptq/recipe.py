@@ -96,6 +96,10 @@ class Recipe:
         percentile: of "clip" and "winsorize".
         clusters: number of channel clusters of an input (RPTQ).
         rounding: "nearest", or "gptq", which lets later input channels make up for the error of earlier ones.
+        fisher_samples: of so many calibration samples, the first ones, gradients say how much the float model's
+            predictions mind errors in each layer's outputs. Tokens then have weights in what is searched and rounded
+            by, and GPTQ lets later outputs make up for the errors of earlier ones, too. 0 takes all tokens and outputs
+            for equal, and outputs for independent.
         clipping: how far each weight scale shrinks: "learned" finds it by gradient descent on the layer's output error
             (LWC), "search" tries ratios for each group, and gives the step a sign.
         low_rank: rank of the float correction that is added to the weights (ZeroQuant-V2's LoRC).
@@ -126,6 +130,7 @@ class Recipe:
     percentile: float = 99.9
     clusters: int = 32
     rounding: str = "nearest"
+    fisher_samples: int = 0
     clipping: str = "none"
     low_rank: int = 0
     tuning_steps: int = 0
@@ -156,11 +161,10 @@ class Recipe:
             raise QuantizationError(f"alpha = {self.alpha}: needed a number above 0 and at most {highest}")
         if not 50 <= self.percentile <= 100:
             raise QuantizationError(f"percentile {self.percentile}: needed 50 to 100")
-        if self.clusters < 1 or min(self.low_rank, self.tuning_steps, self.training_steps) < 0:
-            raise QuantizationError(
-                f"clusters {self.clusters}, low_rank {self.low_rank}, tuning_steps {self.tuning_steps}, training_steps "
-                f"{self.training_steps}: needed at least 1, 0, 0 and 0"
-            )
+        least = {"clusters": 1, "low_rank": 0, "tuning_steps": 0, "training_steps": 0, "fisher_samples": 0}
+        for field, minimum in least.items():
+            if getattr(self, field) < minimum:
+                raise QuantizationError(f"{field} {getattr(self, field)}: needed at least {minimum}")
         if self.tuning_steps and self.low_rank:
             raise QuantizationError("tuning_steps: scales don't learn beside a low_rank correction")
         per_token = self.activations == "dynamic" and self.kv_cache == "int8"
@@ -195,6 +199,8 @@ class Recipe:
             idle.append("equalize_keys")
         if self.activations in ("dynamic", "float"):
             idle.append("dynamic")
+        if self.rounding != "gptq":
+            idle.append("fisher_samples")
         if self.activations != "table2":
             idle.append("outliers")
         if self.activations != "table2" or self.outliers not in ("clip", "winsorize"):
@@ -208,7 +214,7 @@ class Recipe:
     @property
     def can_be_recorded(self) -> bool:
         """Whether statistics of the float model, as it is, are all that the method calibrates on."""
-        return not self.propagate_error and not self.training_steps and not self.tuning_steps
+        return not (self.propagate_error or self.training_steps or self.tuning_steps or self.needs_fisher)
 
     @property
     def percentile_wanted(self) -> float | None:
@@ -219,6 +225,11 @@ class Recipe:
     def needs_gram(self) -> bool:
         """Whether the method weighs weight errors by the inputs' Gram matrix."""
         return self.rounding == "gptq" or self.clipping != "none" or self.equalization in ("awq", "search")
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether the method weighs errors by the Fisher information of layers' outputs."""
+        return self.rounding == "gptq" and self.fisher_samples > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON-ready values."""

@@ -224,6 +224,19 @@ class CacheRanges:
     value: float
 
 
+@dataclass(frozen=True)
+class Equalized:
+    """What equalization made of a block.
+
+    Attributes:
+        ranges: of its cache.
+        divisors: float32 [n], what each output of a linear layer was divided by, of the layers with such outputs.
+    """
+
+    ranges: CacheRanges
+    divisors: dict[str, torch.Tensor]
+
+
 @torch.no_grad()
 def equalize_(
     block: nn.Module,
@@ -232,8 +245,8 @@ def equalize_(
     statistics: BlockStatistics,
     *,
     keys: bool = False,
-) -> CacheRanges:
-    """Fuse the scales into the block's weights and return the cache's ranges as they are after it.
+) -> Equalized:
+    """Fuse the scales into the block's weights and return what became of its outputs.
 
     Args:
         block: a decoder block with its weights loaded; changed in place.
@@ -243,14 +256,15 @@ def equalize_(
         keys: also equalize the channels of the keys.
     """
     key_max, value_max = statistics.key_channel_max, statistics.value_channel_max
+    divisors: dict[str, torch.Tensor] = {}
     for group in groups:
         first = group.layers[0]
         if keys and group.keys is not None:
-            key_max = _equalize_keys_(block, group.keys, key_max)
+            key_max = _equalize_keys_(block, group.keys, key_max, divisors)
         if first not in scales or group.source is None:
             continue
         s = scales[first]
-        _divide_output_(block, group.source, s)
+        _divide_output_(block, group.source, s, divisors)
         for name in group.layers:
             weight = block.get_submodule(name).weight
             weight.mul_(torch.from_numpy(s).to(weight.dtype))
@@ -258,30 +272,35 @@ def equalize_(
             # query heads that share a value head have the same scales: the first of each set speaks for it
             kv_heads, head_dim = value_max.shape
             value_max = value_max / s.reshape(kv_heads, -1, head_dim)[:, 0]
-    return CacheRanges(float(key_max.max(initial=0.0)), float(value_max.max(initial=0.0)))
+    return Equalized(CacheRanges(float(key_max.max(initial=0.0)), float(value_max.max(initial=0.0))), divisors)
 
 
-def _equalize_keys_(block: nn.Module, source: KeySource, channel_max: np.ndarray) -> np.ndarray:
+def _equalize_keys_(
+    block: nn.Module, source: KeySource, channel_max: np.ndarray, divisors: dict[str, torch.Tensor]
+) -> np.ndarray:
     """Fuse the keys' scale into what computes keys and queries, and return max|K| of each channel after it.
 
     Args:
         block: a decoder block with its weights loaded; changed in place.
         source: what computes them.
         channel_max: max|K| [heads, head_dim], before; some models repeat a key head for each of its query heads.
+        divisors: those of `Equalized`; changed in place.
     """
     kv_heads, head_dim = source.sharing.shape
     channel_max = channel_max.reshape(kv_heads, -1, head_dim).max(1)
     s = key_scale(channel_max, source.sharing)
     for part, scale in ((source.keys, s), (source.queries, 1 / s.astype(np.float64))):
         if isinstance(part, NormSource):
-            _divide_output_(block, part, scale[0])
+            _divide_output_(block, part, scale[0], divisors)
         else:
             heads = len(part.rows) // head_dim
-            _divide_output_(block, part, scale.repeat(heads // kv_heads, axis=0).reshape(-1))
+            _divide_output_(block, part, scale.repeat(heads // kv_heads, axis=0).reshape(-1), divisors)
     return channel_max / s
 
 
-def _divide_output_(block: nn.Module, source: NormSource | RowsSource, s: np.ndarray) -> None:
+def _divide_output_(
+    block: nn.Module, source: NormSource | RowsSource, s: np.ndarray, divisors: dict[str, torch.Tensor]
+) -> None:
     module = block.get_submodule(source.name)
     scale = torch.from_numpy(s).to(module.weight.dtype)
     if isinstance(source, NormSource):
@@ -291,6 +310,7 @@ def _divide_output_(block: nn.Module, source: NormSource | RowsSource, s: np.nda
         rows, first_channel = np.unique(source.rows, return_index=True)  # a shared row is divided once
         scale = scale[torch.from_numpy(first_channel)]
         module.weight[torch.from_numpy(rows)] /= scale[:, None]
+        divisors.setdefault(source.name, torch.ones(len(module.weight)))[torch.from_numpy(rows)] *= scale
     bias = getattr(module, "bias", None)
     if bias is None:
         return

@@ -1,7 +1,11 @@
-"""GPTQ (arXiv 2210.17323): rounding a weight matrix column by column, later columns making up for earlier errors."""
+"""GPTQ (arXiv 2210.17323): rounding a weight matrix column by column, later columns making up for earlier errors.
+
+The same goes for its rows, if it is known how the errors of outputs come together in what the model predicts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +17,18 @@ DAMPING = 0.01
 """Share of the mean diagonal of the Gram matrix that is added to it (section 3.3, step 3)."""
 
 _COLUMNS = 128  # that are rounded before the others are updated, all at once (section 3.3, step 2)
+_ROWS = 32  # that are rounded without making up for each other; more where a matrix is so long that turns were many
+_MOST_TURNS = 64
 _MOST_DAMPING = 100 * DAMPING
 
 
 @dataclass(frozen=True)
 class Compensation:
-    """How columns make up for each other's errors, the same for all layers that read one input.
+    """How columns make up for each other's errors, the same for all layers that read one input; or how rows do.
 
     Attributes:
-        order: the columns in the order of rounding: falling energy of their input ("act-order").
+        order: the columns in the order of rounding: falling energy of their input ("act-order"); the rows in that of
+            their outputs' gradients.
         factor: upper Cholesky factor of the inverse of the damped Gram matrix, in that order, float32 [k, k].
     """
 
@@ -30,7 +37,7 @@ class Compensation:
 
     @classmethod
     def of(cls, gram: torch.Tensor, damping: float = DAMPING) -> Compensation:
-        """Return the compensation for inputs with the Gram matrix XᵀX float32 [k, k].
+        """Return the compensation for inputs, or gradients of outputs, with the Gram matrix XᵀX float32 [k, k].
 
         Args:
             gram: the matrix.
@@ -43,17 +50,54 @@ class Compensation:
         return cls(order, _inverse_factor(gram[order[:, None], order], damping))
 
 
-def round_gptq(weight: torch.Tensor, compensation: Compensation, scales: torch.Tensor, bits: int) -> torch.Tensor:
+def round_gptq(
+    weight: torch.Tensor,
+    inputs: Compensation,
+    scales: torch.Tensor,
+    bits: int,
+    outputs: Sequence[Compensation] = (),
+) -> torch.Tensor:
     """Return int8 codes [n, k] of a weight that minimize the output error, greedily.
 
-    Each column has the scale of its own group, which is that of the original weights.
+    Each column has the scale of its own group, which is that of the original weights. With `outputs`, rows that are
+    rounded later also make up for the errors of those before (YAQA, arXiv 2505.22988, with some rows at a time).
 
     Args:
         weight: float32 [n, k].
-        compensation: of the inputs.
+        inputs: how its columns compensate each other.
         scales: float32 [n, G], of each group.
         bits: of a code.
+        outputs: how its rows do, some that follow each other at a time, all n together; none if rows are independent.
     """
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    stop = 0
+    for compensation in outputs:
+        start, stop = stop, stop + len(compensation.order)
+        codes[start:stop] = _round_rows_in_turn(weight[start:stop], inputs, scales[start:stop], bits, compensation)
+    return codes if outputs else _round_columns_in_turn(weight, inputs, scales, bits)
+
+
+def _round_rows_in_turn(
+    weight: torch.Tensor, inputs: Compensation, scales: torch.Tensor, bits: int, outputs: Compensation
+) -> torch.Tensor:
+    n, k = weight.shape
+    order, inverse = outputs.order, outputs.factor
+    rest, scales = weight[order], scales[order]
+    codes = torch.empty(n, k, dtype=torch.int8)
+    at_once = max(_ROWS, n // _MOST_TURNS)
+    for start in range(0, n, at_once):
+        stop = min(n, start + at_once)
+        rows = slice(start, stop)
+        codes[rows] = _round_columns_in_turn(rest[rows], inputs, scales[rows], bits)
+        errors = rest[rows] - numerics.dequantize_weight(codes[rows], scales[rows])
+        errors = torch.linalg.solve_triangular(inverse[rows, rows].T, errors, upper=False)
+        rest[stop:] -= inverse[rows, stop:].T @ errors
+    return codes[torch.argsort(order)]
+
+
+def _round_columns_in_turn(
+    weight: torch.Tensor, compensation: Compensation, scales: torch.Tensor, bits: int
+) -> torch.Tensor:
     n, k = weight.shape
     order, inverse = compensation.order, compensation.factor
     rest = weight[:, order].clone()
@@ -78,7 +122,7 @@ def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
     """Return the upper Cholesky factor of the damped matrix's inverse; `gram` is the function's own to change."""
     mean = float(torch.diagonal(gram).mean())
     if not mean < float("inf"):
-        raise QuantizationError("the inputs' Gram matrix isn't finite; the model is damaged")
+        raise QuantizationError("a Gram matrix isn't finite; the model is damaged")
     diagonal = torch.diagonal(gram).clone()
     while damping <= _MOST_DAMPING:
         torch.diagonal(gram).copy_(diagonal + (damping * mean or 1.0))
@@ -89,4 +133,4 @@ def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
             if not failed and bool(torch.isfinite(factor).all()):
                 return factor
         damping *= 10
-    raise QuantizationError("the inputs' Gram matrix isn't positive definite; calibrate on more --samples")
+    raise QuantizationError("a Gram matrix isn't positive definite; calibrate on more --samples")

@@ -17,12 +17,11 @@ from torch import nn
 
 from fptq.checkpoint import HISTOGRAM_BINS, HISTOGRAM_LOWEST_EXPONENT
 from fptq.models.architectures import InputGroup
+from fptq.quantize.gram import add_to_gram_, complete_gram_
 from fptq.recipe import Recipe
 
 HISTOGRAM_TOKENS = 4096
 """Histograms are drawn from this many tokens; maxima come from all of them."""
-
-_GRAM_ROWS = 256  # of a Gram matrix that are computed at once
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ class InputStatistics:
         tokens: how many were seen.
         histogram: of |x|.
         histogram_tokens: how many it comes from.
-        gram: XᵀX float32 [k, k] summed over all tokens; None if it wasn't wanted. What lies below the diagonal is
-            there after `complete`.
+        gram: XᵀX float32 [k, k] summed over all tokens, which may have weights; None if it wasn't wanted. What lies
+            below the diagonal is there after `complete`.
         tensor_percentile: of all |x|; None if it wasn't wanted.
         channel_percentile: of each channel's |x| [k]; None if it wasn't wanted.
     """
@@ -129,8 +128,13 @@ class InputStatistics:
         assert self.gram is not None
         return (torch.diagonal(self.gram) / max(1, self.tokens)).sqrt().numpy()
 
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        """Add values [..., k]; return their magnitudes [tokens, k]."""
+    def update(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Add values [..., k]; return their magnitudes [tokens, k].
+
+        Args:
+            x: the values.
+            weights: what each token counts for in the Gram matrix, [all tokens], these first; None for all alike.
+        """
         x = x.detach().reshape(-1, x.shape[-1]).float()
         magnitude = x.abs()
         low, high = x.amin(0).numpy(), x.amax(0).numpy()
@@ -144,20 +148,13 @@ class InputStatistics:
             self.histogram += count_magnitudes(part)
             self.histogram_tokens += part.shape[0]
         if self.gram is not None:
-            for first in range(0, len(self.gram), _GRAM_ROWS):
-                rows = slice(first, first + _GRAM_ROWS)
-                # in place: so it stays in float32 within `products_in_bfloat16`, too, and positive semidefinite
-                self.gram[rows, first:].addmm_(x[:, rows].T, x[:, first:])
+            add_to_gram_(self.gram, x if weights is None else x * weights[: len(x), None].sqrt())
         return magnitude
 
     def complete(self) -> None:
-        """Fill the Gram matrix below its diagonal, once all values are added: it is symmetric."""
+        """Fill the Gram matrix below its diagonal, once all values are added."""
         if self.gram is not None:
-            for first in range(0, len(self.gram), _GRAM_ROWS):
-                rows = slice(first, first + _GRAM_ROWS)
-                square = self.gram[rows, rows]
-                square.copy_(square.triu() + square.triu(1).T)
-                self.gram[first + _GRAM_ROWS :, rows] = self.gram[rows, first + _GRAM_ROWS :].T
+            complete_gram_(self.gram)
 
 
 def count_magnitudes(magnitude: torch.Tensor) -> np.ndarray:
@@ -227,12 +224,18 @@ class AllSeenError(Exception):
 
 @contextmanager
 def observing(
-    block: nn.Module, groups: list[InputGroup], wanted: Wanted | None = None, *, outputs: bool = True
+    block: nn.Module,
+    groups: list[InputGroup],
+    wanted: Wanted | None = None,
+    *,
+    outputs: bool = True,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[BlockStatistics]:
     """Collect statistics of every forward pass of `block` inside the `with`; no hook outlives it.
 
     Percentiles, and Gram matrices as a whole, are there after it. Without `outputs` a pass ends with AllSeenError
-    as soon as there is nothing more to see, which spares its last product.
+    as soon as there is nothing more to see, which spares its last product. `weights` has what each token counts for in
+    an input's Gram matrix, [all tokens], by the input's first layer; tokens are alike where it has none.
     """
     wanted = wanted or Wanted()
     statistics = BlockStatistics({})
@@ -250,7 +253,8 @@ def observing(
             tails[first] = _Tail(wanted.percentile, k * wanted.tokens), _Tail(wanted.percentile, wanted.tokens)
 
         def hook(_: nn.Module, args: tuple[Any, ...], inputs: InputStatistics = inputs, first: str = first) -> None:
-            magnitude = inputs.update(args[0])
+            counts = (weights or {}).get(first)
+            magnitude = inputs.update(args[0], None if counts is None else counts[inputs.tokens :])
             if first in tails:
                 tensor, channels = tails[first]
                 tensor.update(magnitude.reshape(-1, 1))

@@ -40,6 +40,8 @@ from fptq.models.loading import FloatModel, head_layers, library_versions
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationData, CalibrationSpec, load_calibration
 from fptq.quantize.equalize import equalize_
+from fptq.quantize.fisher import FisherInformation
+from fptq.quantize.gram import rescale_gram
 from fptq.quantize.observe import BlockStatistics, Wanted
 from fptq.quantize.policy import BlockPlan, decide, decide_head, is_skipped, layer_bits_and_group
 from fptq.quantize.qat import TrainingSpec, disk_bytes, train
@@ -172,6 +174,7 @@ class _Job:
         self.training = training_spec(recipe)
         self.workspace = Workspace(destination, self._identity(), overwrite=options.overwrite)
         self.walk = self._calibration_walk(recording)
+        self.fisher = self._fisher_information()
 
     def _calibration_walk(self, recording: Path | None) -> CalibrationWalk | Recording:
         dtype = getattr(torch, self.options.compute_dtype)
@@ -193,6 +196,12 @@ class _Job:
         recorded = Recording(self.source, self.data.tokens, dtype, recording)
         recorded.require(wanted)
         return recorded
+
+    def _fisher_information(self) -> FisherInformation | None:
+        if not self.recipe.needs_fisher:
+            return None
+        tokens = self.data.tokens[: self.recipe.fisher_samples]
+        return FisherInformation(self.source, tokens, self.workspace.folder)
 
     def _identity(self) -> dict[str, Any]:
         """Return all that decides the result: going on with the parts of another job would mix two models."""
@@ -218,6 +227,7 @@ class _Job:
             activations = self.walk.disk_bytes()
             hint = f"{activations / 1e9:.2f} GB of it calibration activations: fewer --samples need less"
             training = disk_bytes(self.source, self.training) if self.training else 0
+            training += self.fisher.disk_bytes() if self.fisher else 0
             copies = (
                 2.25 if self.recipe.tuning_steps else 2
             )  # in parts, finished, and all scales seven times in float32
@@ -228,9 +238,12 @@ class _Job:
                 trained = train(self.source, self.training, folder, progress=self.options.progress)
                 self.source = self.source.with_weights(trained)
                 self.walk = self._calibration_walk(None)
+                self.fisher = self._fisher_information()
             reached = self.workspace.next_block()
             if reached is None:
                 self._write_outside(writer)
+                if self.fisher:
+                    self.fisher.compute(progress=self.options.progress)
             self._walk_blocks(writer, reached)
             if self.recipe.tuning_steps:
                 self._tune(writer)
@@ -268,14 +281,16 @@ class _Job:
         name = self.source.block_name(index)
         groups = self.source.groups
         with self.source.loaded_block(index, self.walk.dtype) as block:
-            statistics = self.walk.observe(index, block, bar.update)
+            statistics = self._observe(index, block, bar)
             if isinstance(self.walk, CalibrationWalk) and self.walk.float_batches:
                 self.walk.run_float(index, bar.update)
             if self.walk.dtype is not torch.float32:
                 self.source.load(block, name, torch.float32)  # only the activations are computed in less
             plan = decide(groups, statistics, self.recipe, name, _weights(block, groups))
-            ranges = equalize_(block, groups, plan.scales, statistics, keys=self._equalizes_keys)
-            linears = round_weights(block, groups, plan, statistics, self.recipe)
+            equalized = equalize_(block, groups, plan.scales, statistics, keys=self._equalizes_keys)
+            ranges = equalized.ranges
+            output_grams = self._output_grams(index, equalized.divisors)
+            linears = round_weights(block, groups, plan, statistics, self.recipe, output_grams)
             sqnr = measure_sqnr(block, linears, lambda: self.walk.run_first_batch(index))
 
             tensors = self._float_tensors(block, name, plan)
@@ -310,6 +325,28 @@ class _Job:
         arrays = _statistics_arrays(name, statistics, plan)
         write_durably(writer.part(f"block-{index:05d}", ".npz"), _npz_writer(arrays))
         self.workspace.note(index + 1)
+        if self.fisher:
+            self.fisher.drop(index)
+
+    def _observe(self, index: int, block: nn.Module, bar: Any) -> BlockStatistics:
+        """Return the statistics of the block's inputs; tokens of which nothing else is known have the weight 1."""
+        if self.fisher is None:
+            return self.walk.observe(index, block, bar.update)
+        assert isinstance(self.walk, CalibrationWalk)
+        tokens, weights = self.data.tokens.size, self.fisher.token_weights(index)
+        weights = {first: nn.functional.pad(w, (0, tokens - len(w)), value=1.0) for first, w in weights.items()}
+        return self.walk.observe(index, block, bar.update, weights)
+
+    def _output_grams(self, index: int, divisors: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+        """Return the Gram matrices of the gradients of the block's outputs, after these have been divided."""
+        if self.fisher is None:
+            return {}
+        grams = self.fisher.output_grams(index)
+        for layer in grams.keys() & divisors.keys():
+            # an output that is divided by d has a gradient d times as large
+            parts = (1 / divisors[layer]).split([len(gram) for gram in grams[layer]])
+            grams[layer] = [rescale_gram(gram, part) for gram, part in zip(grams[layer], parts, strict=True)]
+        return grams
 
     @property
     def _equalizes_keys(self) -> bool:
@@ -479,10 +516,10 @@ def preview(
     progress: bool = True,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """Return what `quantize` would decide, as JSON-ready plans by layer, and the statistics behind it."""
-    if recipe.propagate_error or recipe.training_steps:
+    if recipe.propagate_error or recipe.training_steps or recipe.needs_fisher:
         raise QuantizationError(
-            f"recipe {recipe.name} trains, or calibrates on blocks that are quantized already: what it decides shows "
-            "only when it quantizes"
+            f"recipe {recipe.name} trains, calibrates on blocks that are quantized already, or needs gradients: what "
+            "it decides shows only when it quantizes"
         )
     source = FloatModel.open(model)
     data = _load_calibration(source, calibration)

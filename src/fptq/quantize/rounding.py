@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from fptq.quantize.clipping import learn_clipping, search_clipping
 from fptq.quantize.clusters import cluster_steps
 from fptq.quantize.equalize import CacheRanges
 from fptq.quantize.gptq import Compensation, round_gptq
+from fptq.quantize.gram import rescale_gram
 from fptq.quantize.observe import BlockStatistics, InputStatistics
 from fptq.quantize.policy import BlockPlan
 from fptq.recipe import Activation, LayerPlan, Recipe
@@ -24,7 +27,12 @@ _SLAB_WEIGHTS = 1 << 24  # of a head: 64 MB in float32
 
 @torch.no_grad()
 def round_weights(
-    block: nn.Module, groups: list[InputGroup], plan: BlockPlan, statistics: BlockStatistics, recipe: Recipe
+    block: nn.Module,
+    groups: list[InputGroup],
+    plan: BlockPlan,
+    statistics: BlockStatistics,
+    recipe: Recipe,
+    output_grams: Mapping[str, Sequence[torch.Tensor]] | None = None,
 ) -> dict[str, QuantizedLinear]:
     """Return codes and scales of every planned linear layer.
 
@@ -34,6 +42,8 @@ def round_weights(
         plan: which layers, at which group sizes, with which activation scheme.
         statistics: what was observed before equalization.
         recipe: says how to round.
+        output_grams: for GPTQ, of each layer the Gram matrices of its outputs' gradients, of some outputs that follow
+            each other at a time, as they are after equalization.
 
     Raises:
         QuantizationError: a weight or a range is too large for its scale.
@@ -43,13 +53,15 @@ def round_weights(
         first = group.layers[0]
         planned = [name for name in group.layers if name in plan.layers]
         seen, s = statistics.inputs[first], plan.scales.get(first)
-        gram = _gram_after(seen.gram, s) if planned and seen.gram is not None and recipe.needs_gram else None
+        divisors = None if s is None else torch.from_numpy(s)
+        gram = rescale_gram(seen.gram, divisors) if planned and seen.gram is not None and recipe.needs_gram else None
         compensation = Compensation.of(gram) if gram is not None and recipe.rounding == "gptq" else None
         for name in planned:
             layer = plan.layers[name]
             weight = block.get_submodule(name).weight.float()
             _check_size(name, weight)
-            codes, scales = _round(weight, gram, compensation, layer, recipe)
+            outputs = [Compensation.of(matrix) for matrix in (output_grams or {}).get(name, ())]
+            codes, scales = _round(weight, gram, compensation, outputs, layer, recipe)
             static, clusters = (layer.activation is kind for kind in (Activation.STATIC, Activation.CLUSTERS))
             rounded[name] = QuantizedLinear(
                 codes=codes.numpy(),
@@ -63,14 +75,6 @@ def round_weights(
     return rounded
 
 
-def _gram_after(gram: torch.Tensor, s: np.ndarray | None) -> torch.Tensor:
-    """Return the Gram matrix of the input after its channels were divided by s."""
-    if s is None:
-        return gram
-    scale = torch.from_numpy(s)
-    return gram / scale / scale[:, None]
-
-
 def _channel_steps(seen: InputStatistics, s: np.ndarray | None, recipe: Recipe) -> ChannelSteps:
     low, high = seen.channel_low, seen.channel_high
     return cluster_steps(low if s is None else low / s, high if s is None else high / s, recipe.clusters)
@@ -80,6 +84,7 @@ def _round(
     weight: torch.Tensor,
     gram: torch.Tensor | None,
     compensation: Compensation | None,
+    outputs: Sequence[Compensation],
     layer: LayerPlan,
     recipe: Recipe,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +98,7 @@ def _round(
         scales = clip(weight, gram, size, bits)
         codes = numerics.quantize_weight_with(weight, scales, bits)
     if compensation is not None:
-        codes = round_gptq(weight, compensation, scales, bits)
+        codes = round_gptq(weight, compensation, scales, bits, outputs)
     return codes, scales
 
 

@@ -6,7 +6,7 @@ files carries those of the float model beside them, as far as tuning wants its l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -73,17 +73,24 @@ class CalibrationWalk:
         for file in files if fresh else ():
             file.flush()
 
-    def observe(self, index: int, block: nn.Module, on_batch: Callable[[], object]) -> BlockStatistics:
+    def observe(
+        self,
+        index: int,
+        block: nn.Module,
+        on_batch: Callable[[], object],
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> BlockStatistics:
         """Run the loaded block over all samples, keep its outputs for the next one, and return what was seen.
 
         Where `propagate` makes the outputs, the model's products are in bfloat16 if the CPU has that: inputs carry the
-        rounding of the blocks before, and will be rounded to int8, beside which that is little.
+        rounding of the blocks before, and will be rounded to int8, beside which that is little. `weights` are those of
+        `observing`.
 
         Raises:
             QuantizationError: an output has a NaN or an infinity.
         """
         outputs = not self._propagates or index + 1 == len(self._source.blocks)  # the last one's have to be finite
-        with observing(block, self._source.groups, self._wanted, outputs=outputs) as statistics:
+        with observing(block, self._source.groups, self._wanted, outputs=outputs, weights=weights) as statistics:
             if outputs:
                 self._run(index, on_batch, statistics.update_cache_ranges)
             else:

@@ -1,0 +1,238 @@
+"""How much the float model's predictions mind errors in the outputs of each layer.
+
+GPTQ makes the error of a layer's outputs small, and counts all outputs and all tokens alike. Predictions don't: some
+outputs hardly matter to them, errors of some cancel those of others, and at some tokens errors do more than at others.
+The Fisher information of a layer's weights says which. It is taken for a Kronecker product (K-FAC, arXiv 1503.05671) of
+the inputs' Gram matrix, in which tokens have weights (GuidedQuant, arXiv 2505.07004), and the Gram matrix of gradients
+of the outputs. Weights and the latter are made here, from the gradient g of the negative log likelihood of tokens that
+the model itself draws: sums of g·gᵀ over tokens, and |g|² of each. Rounding by both factors is YAQA (arXiv 2505.22988).
+
+First the float model runs forward, and each block's inputs are kept; then backward, block by block. In memory is one
+block at a time. The matrix of a long output is cut into squares along its diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fptq.errors import OutputError, QuantizationError
+from fptq.models.loading import FloatModel
+from fptq.models.stepping import BlockStepper, products_in_bfloat16
+from fptq.progress import progress_bar
+from fptq.quantize.activations import ActivationFile
+from fptq.quantize.gram import add_to_gram_, complete_gram_
+from fptq.quantize.walk import cut_batches
+from fptq.shards import read_header, read_tensor, write_shard
+
+MOST_OUTPUTS = 2048
+"""A layer with more outputs has a matrix for each so many of them, as if those of others were independent."""
+
+_LOGITS_AT_ONCE = 1 << 25
+_STATES, _GRADIENTS = torch.bfloat16, torch.float32  # what the files hold
+
+
+class FisherInformation:
+    """The output side of the Fisher information of every linear layer.
+
+    Args:
+        source: the float model.
+        tokens: int64 [samples, length], all of which are looked at.
+        folder: where files are; an interrupted computation goes on from them.
+    """
+
+    def __init__(self, source: FloatModel, tokens: np.ndarray, folder: Path):
+        self._source = source
+        self._tokens = torch.from_numpy(tokens)
+        self._layers = [layer for group in source.groups for layer in group.layers]
+        self._folder = folder
+        self._stepper = BlockStepper(source, torch.float32)
+        self._batches = cut_batches(tokens)
+
+    def compute(self, *, progress: bool = True) -> None:
+        """Make the matrices of all blocks, from the last to the first one.
+
+        Raises:
+            QuantizationError: the model's outputs or gradients have a NaN or an infinity.
+            OutputError: a file can't be read or written.
+        """
+        blocks, batches = len(self._source.blocks), len(self._batches)
+        done = [index for index in range(blocks) if self._matrices(index).is_file()]
+        due = min(done, default=blocks)
+        # backward a block runs forward again first: that is two passes, and sums as long as one; one was before
+        total, initial = 4 * blocks * batches, (blocks + 3 * (blocks - due)) * batches if done else 0
+        with progress_bar(total, initial=initial, what="sensitivities", show=progress) as bar:
+            if not done:
+                self._run_forward(bar)
+            else:
+                with self._source.loaded_embeddings(torch.float32):  # the stepper learns the blocks' arguments
+                    for start, count in {count: (start, count) for start, count in self._batches}.values():
+                        self._stepper.embed(self._tokens[start : start + count])
+            for index in reversed(range(due)):
+                self._run_backward(index, bar)
+                self._states(index + 1).path.unlink(missing_ok=True)
+        for file in (self._states(0), self._gradients(0), self._gradients(1)):
+            file.path.unlink(missing_ok=True)
+
+    def output_grams(self, index: int) -> dict[str, list[torch.Tensor]]:
+        """Return the matrices of a block's layers, float32 [r, r] each, of r outputs that follow each other."""
+        path, block = self._matrices(index), self._source.blocks[index]
+        entries = read_header(path, OutputError)
+        counts = {layer: len(_sides(block.get_submodule(layer))) for layer in self._layers}
+        return {
+            layer: [torch.from_numpy(read_tensor(path, entries[f"{layer}.{number}"])) for number in range(count)]
+            for layer, count in counts.items()
+        }
+
+    def token_weights(self, index: int) -> dict[str, torch.Tensor]:
+        """Return what each token counts for in the inputs of a block, float32 [samples · length], by first layer.
+
+        It is the root of |g|², summed up over all outputs of the layers that read the input, and has the mean 1. By the
+        root fewer tokens are left out than by |g|² itself.
+        """
+        path = self._matrices(index)
+        entries = read_header(path, OutputError)
+        weights = {}
+        for group in self._source.groups:
+            energies = [torch.from_numpy(read_tensor(path, entries[_energies(layer)])) for layer in group.layers]
+            roots = torch.stack(energies).sum(0).sqrt()
+            mean = roots.mean()
+            weights[group.layers[0]] = roots / mean if mean > 0 else torch.ones_like(roots)
+        return weights
+
+    def drop(self, index: int) -> None:
+        """Remove what was made for a block."""
+        self._matrices(index).unlink(missing_ok=True)
+
+    def disk_bytes(self) -> int:
+        """Return what the files take."""
+        blocks, block = len(self._source.blocks), self._source.blocks[0]
+        states = self._tokens.numel() * self._source.config.hidden_size
+        sides = [side for layer in self._layers for side in _sides(block.get_submodule(layer))]
+        files = (blocks + 1) * _STATES.itemsize + 2 * _GRADIENTS.itemsize
+        matrices = sum(4 * side**2 for side in sides) + 4 * self._tokens.numel() * len(self._layers)
+        return states * files + blocks * matrices
+
+    def _run_forward(self, bar: Any) -> None:
+        """Keep the inputs of all blocks, and the gradients of what the last one gives."""
+        with self._source.loaded_embeddings(torch.float32):
+            for start, count in self._batches:
+                states = self._stepper.embed(self._tokens[start : start + count])
+                self._states(0).write(start, states.to(_STATES))
+        for index in range(len(self._source.blocks)):
+            with self._source.loaded_block(index, torch.float32):
+                for start, count in self._batches:
+                    with products_in_bfloat16(True):
+                        states = self._stepper.run(index, self._states(index).read(start, count).float())
+                    self._check(states, index, start, count)
+                    self._states(index + 1).write(start, states.to(_STATES))
+                    bar.update()
+        with self._source.loaded_outside(torch.float32):
+            for sample in range(len(self._tokens)):
+                self._gradients(len(self._source.blocks)).write(sample, self._gradient(sample))
+        for index in range(len(self._source.blocks) + 1):
+            self._states(index).flush()
+        self._gradients(len(self._source.blocks)).flush()
+
+    def _gradient(self, sample: int) -> torch.Tensor:
+        """Return the gradient, in the last block's outputs, of the loss of tokens drawn from what they predict."""
+        outputs = self._states(len(self._source.blocks)).read(sample, 1).float().requires_grad_()
+        generator = torch.Generator().manual_seed(sample)
+        rows = max(1, _LOGITS_AT_ONCE // self._source.config.vocab_size)
+        for first in range(0, outputs.shape[1], rows):
+            with torch.enable_grad():
+                with products_in_bfloat16(True):
+                    logits = self._stepper.logits(outputs[:, first : first + rows])
+                logits = logits[0].float()
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                functional.cross_entropy(logits, drawn, reduction="sum").backward()
+        assert outputs.grad is not None
+        return outputs.grad
+
+    def _run_backward(self, index: int, bar: Any) -> None:
+        """Make a block's matrices and energies, and the gradients of its inputs."""
+        with self._source.loaded_block(index, torch.float32) as block, self._summing(block) as (sums, energies):
+            for start, count in self._batches:
+                inputs = self._states(index).read(start, count).float().requires_grad_()
+                with torch.enable_grad(), products_in_bfloat16(True):
+                    outputs = self._stepper.run_with_gradients(index, inputs, lambda keys, values: (keys, values))
+                outputs.float().backward(self._gradients(index + 1).read(start, count))
+                assert inputs.grad is not None
+                self._check(inputs.grad, index, start, count, what="the gradient of its input")
+                self._gradients(index).write(start, inputs.grad)
+                bar.update(3)
+        self._gradients(index).flush()
+        tensors = {_energies(layer): torch.cat(parts).numpy() for layer, parts in energies.items()}
+        for layer, matrices in sums.items():
+            for number, matrix in enumerate(matrices):
+                complete_gram_(matrix)
+                tensors[f"{layer}.{number}"] = matrix.numpy()
+        write_shard(self._matrices(index), tensors)
+
+    @contextmanager
+    def _summing(
+        self, block: nn.Module
+    ) -> Iterator[tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]]:
+        """Let every layer's matrices grow by the gradients of its outputs in each backward pass inside the `with`.
+
+        The second of what it gives has the tokens' |g|² of each pass.
+        """
+        sums: dict[str, list[torch.Tensor]] = {}
+        energies: dict[str, list[torch.Tensor]] = {}
+        handles = []
+        for layer in self._layers:
+            module = block.get_submodule(layer)
+            sums[layer], energies[layer] = [torch.zeros(side, side) for side in _sides(module)], []
+
+            def add(gradient: torch.Tensor, layer: str = layer) -> None:
+                rows = gradient.reshape(-1, gradient.shape[-1]).float()
+                energies[layer].append(rows.square().sum(1))
+                for matrix, part in zip(sums[layer], rows.split(MOST_OUTPUTS, dim=1), strict=True):
+                    add_to_gram_(matrix, part)
+
+            def hook(_: nn.Module, __: Any, output: torch.Tensor, add: Callable[[torch.Tensor], None] = add) -> None:
+                output.register_hook(add)
+
+            handles.append(module.register_forward_hook(hook))
+        try:
+            yield sums, energies
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check(self, values: torch.Tensor, index: int, start: int, count: int, what: str = "its output") -> None:
+        if not bool(torch.isfinite(values).all()):
+            raise QuantizationError(
+                f"{self._source.block_name(index)}: {what} has NaN or infinite values on calibration "
+                f"samples {start} to {start + count - 1}; the model is damaged"
+            )
+
+    def _states(self, index: int) -> ActivationFile:
+        return self._file(f"fisher-states.{index}", _STATES)
+
+    def _gradients(self, index: int) -> ActivationFile:
+        """Return the file of the gradients of block `index`'s inputs."""
+        return self._file(f"fisher-gradients.{index % 2}", _GRADIENTS)
+
+    def _file(self, name: str, dtype: torch.dtype) -> ActivationFile:
+        return ActivationFile(self._folder / name, self._tokens.shape[1], self._source.config.hidden_size, dtype)
+
+    def _matrices(self, index: int) -> Path:
+        return self._folder / f"fisher-{index:05d}.safetensors"
+
+
+def _energies(layer: str) -> str:
+    return f"{layer}.energies"
+
+
+def _sides(layer: nn.Module) -> list[int]:
+    """Return the sides of the squares that a layer's matrix is cut into."""
+    outputs: int = layer.out_features
+    return [min(MOST_OUTPUTS, outputs - first) for first in range(0, outputs, MOST_OUTPUTS)]
