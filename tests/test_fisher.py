@@ -98,9 +98,15 @@ def test_it_is_that_of_gradients_through_the_whole_model(
             seen += len(matrices) > 1
         for group in fisher._source.groups:
             energies = torch.stack([wanted[f"{index}.{name}"].square().sum(1) for name in group.layers]).sum(0)
-            weights = fisher.token_weights(index)[group.layers[0]]
-            torch.testing.assert_close(weights, energies.sqrt() / energies.sqrt().mean(), rtol=1e-2, atol=1e-3)
+            weights = fisher.token_weights(index, len(energies) + 7)[group.layers[0]]
+            known = energies.sqrt() / energies.sqrt().mean()
+            torch.testing.assert_close(weights, torch.cat([known, torch.ones(7)]), rtol=1e-2, atol=1e-3)
     assert seen  # a long output is cut into squares
+    layer, matrices = next(iter(fisher.output_grams(0).items()))
+    divisors = torch.linspace(0.5, 2, sum(map(len, matrices)))
+    divided = fisher.output_grams(0, {layer: divisors})[layer]
+    for matrix, then, d in zip(matrices, divided, divisors.split(list(map(len, matrices))), strict=True):
+        torch.testing.assert_close(then, matrix * d * d[:, None])  # gradients grow as outputs shrink
     assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".safetensors"}
 
 

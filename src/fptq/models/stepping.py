@@ -18,6 +18,8 @@ from transformers import DynamicCache
 
 from fptq.models.loading import FloatModel, cache_argument
 
+_LOGITS_AT_ONCE = 1 << 25
+
 CacheObserver = Callable[[torch.Tensor, torch.Tensor], None]
 CacheVisitor = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -136,6 +138,11 @@ class BlockStepper:
         output = self.source.blocks[index](hidden, *args, **kwargs)
         self._tuples = isinstance(output, tuple)
         return output[0] if self._tuples else output
+
+    def pieces(self, length: int) -> list[slice]:
+        """Return the tokens of one sample of this length in pieces, each so short that its logits fit into memory."""
+        rows = max(1, _LOGITS_AT_ONCE // self.source.config.vocab_size)
+        return [slice(first, first + rows) for first in range(0, length, rows)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [batch, length, vocabulary] of what the last block gave, as a function of it.

@@ -13,7 +13,7 @@ block at a time. The matrix of a long output is cut into squares along its diago
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,13 @@ from fptq.models.loading import FloatModel
 from fptq.models.stepping import BlockStepper, products_in_bfloat16
 from fptq.progress import progress_bar
 from fptq.quantize.activations import ActivationFile
-from fptq.quantize.gram import add_to_gram_, complete_gram_
-from fptq.quantize.walk import cut_batches
+from fptq.quantize.gram import add_to_gram_, complete_gram_, rescale_gram
+from fptq.quantize.walk import cut_batches, one_of_each_size
 from fptq.shards import read_header, read_tensor, write_shard
 
 MOST_OUTPUTS = 2048
 """A layer with more outputs has a matrix for each so many of them, as if those of others were independent."""
 
-_LOGITS_AT_ONCE = 1 << 25
 _STATES, _GRADIENTS = torch.bfloat16, torch.float32  # what the files hold
 
 
@@ -73,7 +72,7 @@ class FisherInformation:
                 self._run_forward(bar)
             else:
                 with self._source.loaded_embeddings(torch.float32):  # the stepper learns the blocks' arguments
-                    for start, count in {count: (start, count) for start, count in self._batches}.values():
+                    for start, count in one_of_each_size(self._batches):
                         self._stepper.embed(self._tokens[start : start + count])
             for index in reversed(range(due)):
                 self._run_backward(index, bar)
@@ -81,21 +80,35 @@ class FisherInformation:
         for file in (self._states(0), self._gradients(0), self._gradients(1)):
             file.path.unlink(missing_ok=True)
 
-    def output_grams(self, index: int) -> dict[str, list[torch.Tensor]]:
-        """Return the matrices of a block's layers, float32 [r, r] each, of r outputs that follow each other."""
+    def output_grams(
+        self, index: int, divisors: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, list[torch.Tensor]]:
+        """Return the matrices of a block's layers, float32 [r, r] each, of r outputs that follow each other.
+
+        Args:
+            index: of the block.
+            divisors: what each output [n] of a layer has been divided by since, of the layers where any was.
+        """
         path, block = self._matrices(index), self._source.blocks[index]
         entries = read_header(path, OutputError)
-        counts = {layer: len(_sides(block.get_submodule(layer))) for layer in self._layers}
-        return {
-            layer: [torch.from_numpy(read_tensor(path, entries[f"{layer}.{number}"])) for number in range(count)]
-            for layer, count in counts.items()
-        }
+        grams = {}
+        for layer in self._layers:
+            sides = _sides(block.get_submodule(layer))
+            # an output that is divided by d has a gradient d times as large
+            factors = (1 / (divisors or {}).get(layer, torch.ones(sum(sides)))).split(sides)
+            parts = [torch.from_numpy(read_tensor(path, entries[f"{layer}.{number}"])) for number in range(len(sides))]
+            grams[layer] = [rescale_gram(part, factor) for part, factor in zip(parts, factors, strict=True)]
+        return grams
 
-    def token_weights(self, index: int) -> dict[str, torch.Tensor]:
-        """Return what each token counts for in the inputs of a block, float32 [samples · length], by first layer.
+    def token_weights(self, index: int, tokens: int) -> dict[str, torch.Tensor]:
+        """Return what each token counts for in the inputs of a block, float32 [tokens], by first layer.
 
         It is the root of |g|², summed up over all outputs of the layers that read the input, and has the mean 1. By the
         root fewer tokens are left out than by |g|² itself.
+
+        Args:
+            index: of the block.
+            tokens: how many there are in all; those of samples that weren't looked at count 1.
         """
         path = self._matrices(index)
         entries = read_header(path, OutputError)
@@ -104,7 +117,8 @@ class FisherInformation:
             energies = [torch.from_numpy(read_tensor(path, entries[_energies(layer)])) for layer in group.layers]
             roots = torch.stack(energies).sum(0).sqrt()
             mean = roots.mean()
-            weights[group.layers[0]] = roots / mean if mean > 0 else torch.ones_like(roots)
+            known = roots / mean if mean > 0 else torch.ones_like(roots)
+            weights[group.layers[0]] = functional.pad(known, (0, tokens - len(known)), value=1.0)
         return weights
 
     def drop(self, index: int) -> None:
@@ -145,11 +159,10 @@ class FisherInformation:
         """Return the gradient, in the last block's outputs, of the loss of tokens drawn from what they predict."""
         outputs = self._states(len(self._source.blocks)).read(sample, 1).float().requires_grad_()
         generator = torch.Generator().manual_seed(sample)
-        rows = max(1, _LOGITS_AT_ONCE // self._source.config.vocab_size)
-        for first in range(0, outputs.shape[1], rows):
+        for piece in self._stepper.pieces(outputs.shape[1]):
             with torch.enable_grad():
                 with products_in_bfloat16(True):
-                    logits = self._stepper.logits(outputs[:, first : first + rows])
+                    logits = self._stepper.logits(outputs[:, piece])
                 logits = logits[0].float()
                 drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 functional.cross_entropy(logits, drawn, reduction="sum").backward()

@@ -17,8 +17,7 @@ DAMPING = 0.01
 """Share of the mean diagonal of the Gram matrix that is added to it (section 3.3, step 3)."""
 
 _COLUMNS = 128  # that are rounded before the others are updated, all at once (section 3.3, step 2)
-_ROWS = 32  # that are rounded without making up for each other; more where a matrix is so long that turns were many
-_MOST_TURNS = 64
+_ROWS = 32  # that are rounded without making up for each other
 _MOST_DAMPING = 100 * DAMPING
 
 
@@ -84,9 +83,8 @@ def _round_rows_in_turn(
     order, inverse = outputs.order, outputs.factor
     rest, scales = weight[order], scales[order]
     codes = torch.empty(n, k, dtype=torch.int8)
-    at_once = max(_ROWS, n // _MOST_TURNS)
-    for start in range(0, n, at_once):
-        stop = min(n, start + at_once)
+    for start in range(0, n, _ROWS):
+        stop = min(n, start + _ROWS)
         rows = slice(start, stop)
         codes[rows] = _round_columns_in_turn(rest[rows], inputs, scales[rows], bits)
         errors = rest[rows] - numerics.dequantize_weight(codes[rows], scales[rows])

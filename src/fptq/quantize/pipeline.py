@@ -41,7 +41,6 @@ from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationData, CalibrationSpec, load_calibration
 from fptq.quantize.equalize import equalize_
 from fptq.quantize.fisher import FisherInformation
-from fptq.quantize.gram import rescale_gram
 from fptq.quantize.observe import BlockStatistics, Wanted
 from fptq.quantize.policy import BlockPlan, decide, decide_head, is_skipped, layer_bits_and_group
 from fptq.quantize.qat import TrainingSpec, disk_bytes, train
@@ -289,7 +288,7 @@ class _Job:
             plan = decide(groups, statistics, self.recipe, name, _weights(block, groups))
             equalized = equalize_(block, groups, plan.scales, statistics, keys=self._equalizes_keys)
             ranges = equalized.ranges
-            output_grams = self._output_grams(index, equalized.divisors)
+            output_grams = self.fisher.output_grams(index, equalized.divisors) if self.fisher else None
             linears = round_weights(block, groups, plan, statistics, self.recipe, output_grams)
             sqnr = measure_sqnr(block, linears, lambda: self.walk.run_first_batch(index))
 
@@ -329,24 +328,11 @@ class _Job:
             self.fisher.drop(index)
 
     def _observe(self, index: int, block: nn.Module, bar: Any) -> BlockStatistics:
-        """Return the statistics of the block's inputs; tokens of which nothing else is known have the weight 1."""
+        """Return the statistics of the block's inputs."""
         if self.fisher is None:
             return self.walk.observe(index, block, bar.update)
         assert isinstance(self.walk, CalibrationWalk)
-        tokens, weights = self.data.tokens.size, self.fisher.token_weights(index)
-        weights = {first: nn.functional.pad(w, (0, tokens - len(w)), value=1.0) for first, w in weights.items()}
-        return self.walk.observe(index, block, bar.update, weights)
-
-    def _output_grams(self, index: int, divisors: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-        """Return the Gram matrices of the gradients of the block's outputs, after these have been divided."""
-        if self.fisher is None:
-            return {}
-        grams = self.fisher.output_grams(index)
-        for layer in grams.keys() & divisors.keys():
-            # an output that is divided by d has a gradient d times as large
-            parts = (1 / divisors[layer]).split([len(gram) for gram in grams[layer]])
-            grams[layer] = [rescale_gram(gram, part) for gram, part in zip(grams[layer], parts, strict=True)]
-        return grams
+        return self.walk.observe(index, block, bar.update, self.fisher.token_weights(index, self.data.tokens.size))
 
     @property
     def _equalizes_keys(self) -> bool:

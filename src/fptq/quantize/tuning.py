@@ -54,7 +54,6 @@ _WARMUP_STEPS = 10
 _BETAS = (0.9, 0.95)
 _HELD_OUT_SHARE = 8  # one sample of so many, and not more than so many
 _STEPS_BETWEEN_STATES = 10
-_LOGITS_AT_ONCE = 1 << 25
 _PASSES_OF_A_STEP = 4  # forward, forward again, and twice that backward
 
 
@@ -243,10 +242,8 @@ class Tuner:
         If `outputs` asks for gradients, it and the norms outside the blocks get those of the weighted mean.
         """
         targets, learns = self._float_output(sample).float(), outputs.requires_grad
-        rows = max(1, _LOGITS_AT_ONCE // self._source.config.vocab_size)
         total = 0.0
-        for first in range(0, targets.shape[1], rows):
-            piece = slice(first, first + rows)
+        for piece in self._stepper.pieces(targets.shape[1]):
             with self._norms_outside(tuned=False), products_in_bfloat16(learns):
                 wanted = self._stepper.logits(targets[:, piece]).float().log_softmax(-1)
             with self._norms_outside(tuned=True), torch.set_grad_enabled(learns):

@@ -64,9 +64,8 @@ class CalibrationWalk:
     def begin(self, *, fresh: bool) -> None:
         """Compute the first block's inputs, and learn the blocks' arguments; if not `fresh`, only the latter."""
         files = [self._activations(0), *([self._activations(0, _FLOAT)] if self._float_samples else [])]
-        one_of_each_size = {count: (start, count) for start, count in self.batches}.values()
         with self._source.loaded_embeddings(self.dtype):
-            for start, count in self.batches if fresh else one_of_each_size:
+            for start, count in self.batches if fresh else one_of_each_size(self.batches):
                 states = self._stepper.embed(torch.from_numpy(self._tokens[start : start + count]))
                 for file in files if fresh else ():
                     file.write(start, states)
@@ -169,3 +168,8 @@ def cut_batches(tokens: np.ndarray) -> list[tuple[int, int]]:
     samples, length = tokens.shape
     step = max(1, _BATCH_TOKENS // length)
     return [(i, min(step, samples - i)) for i in range(0, samples, step)]
+
+
+def one_of_each_size(batches: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return one batch of each number of samples: enough for a stepper to learn the blocks' arguments."""
+    return list({count: (start, count) for start, count in batches}.values())
