@@ -108,7 +108,7 @@ def test_equalized_keys_reach_the_same_maximum_wherever_a_scale_is_free(variant:
     walk.begin(fresh=True)
     with source.loaded_block(0, torch.float64) as block:
         before = walk.observe(0, block, lambda: None)
-        ranges = equalize_(block, source.groups, {}, before, keys=True)
+        ranges = equalize_(block, source.groups, {}, before, keys=True).ranges
         after = walk.observe(0, block, lambda: None).key_channel_max
     heads, head_dim = keys.sharing.shape
     after = after.reshape(heads, -1, head_dim).max(1)
