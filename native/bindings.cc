@@ -318,6 +318,16 @@ NB_MODULE(_native, m) {
           },
           array, array, array, number, number, number, array, array)
       .def(
+          "round_in_turn",
+          [](Session& s, Array<const float, 2> values, Array<const float, 2> steps, Array<const float, 2> factor,
+             int bits, Array<int8_t, 2> codes, Array<float, 2> errors) {
+            s.run([&](const Kernels& k, Workspace& w) {
+              round_in_turn(k, static_cast<int64_t>(values.shape(0)), static_cast<int64_t>(values.shape(1)),
+                            values.data(), steps.data(), factor.data(), bits, codes.data(), errors.data(), w);
+            });
+          },
+          array, array, array, number, array, array)
+      .def(
           "attend",
           [](Session& s, Array<const float, 3> queries, Array<const int8_t, 4> keys, Array<const int8_t, 4> values,
              Array<const int64_t, 1> pages, float key_scale, float value_scale, float softmax_scale, float softcap,

@@ -7,6 +7,7 @@
 #include "body/limits.h"
 #include "body/matmul.h"
 #include "body/rows.h"
+#include "body/rounding.h"
 // clang-format on
 
 template <class Isa>
@@ -24,6 +25,7 @@ constexpr Kernels kernels() {
           .normalize = normalize<Isa>,
           .normalize_quantize = normalize_quantize<Isa>,
           .activate = activate<Isa>,
+          .round_in_turn = round_in_turn<Isa>,
           .attention_scratch = attention_scratch<Isa>,
           .attend = attend<Isa>,
           .read = read<Isa>,

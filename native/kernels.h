@@ -139,6 +139,23 @@ struct AttentionProduct {
   float* scratch;             // attention_scratch floats
 };
 
+// Columns of a weight matrix, rounded one after the other: those that come later make up for the errors of those before
+// (GPTQ). Everything lies column after column, [columns, rows] with `stride` from one to the next.
+struct Rounding {
+  const float* values;
+  const float* steps;   // what a code of 1 stands for
+  const float* factor;  // [columns, columns], of which the lower triangle is read: what an error does to later columns
+  int64_t columns;
+  int64_t rows;  // up to kRoundingRows
+  int64_t stride;
+  float lowest;  // code
+  float highest;
+  int8_t* codes;
+  float* errors;   // (value with all that was made up for - code · step) / factor[i, i]
+  float* scratch;  // [columns, kRoundingRows]
+};
+constexpr int64_t kRoundingRows = 32;
+
 struct Kernels {
   const char* name;
   int rows;                // of a tile of activations
@@ -164,6 +181,8 @@ struct Kernels {
 
   // out = activation(x), times `up` unless that is null. `out` may be x.
   void (*activate)(Activation activation, const float* x, const float* up, int64_t k, float* out);
+
+  void (*round_in_turn)(const Rounding& rounding);
 
   int64_t (*attention_scratch)(int64_t heads, int64_t head_dim);
   void (*attend)(const AttentionProduct& product);

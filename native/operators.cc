@@ -230,6 +230,25 @@ void normalize_quantize(const Kernels& kernels, const float* x, int64_t m, int64
   });
 }
 
+void round_in_turn(const Kernels& kernels, int64_t columns, int64_t rows, const float* values, const float* steps,
+                   const float* factor, int bits, int8_t* codes, float* errors, Workspace& workspace) {
+  const auto levels = static_cast<float>(int64_t{1} << (bits - 1));
+  workspace.pool.run(divide_up(rows, kRoundingRows), [&](int64_t i, int thread) {
+    const int64_t first = i * kRoundingRows;
+    kernels.round_in_turn({.values = values + first,
+                           .steps = steps + first,
+                           .factor = factor,
+                           .columns = columns,
+                           .rows = std::min(kRoundingRows, rows - first),
+                           .stride = rows,
+                           .lowest = -levels,
+                           .highest = levels - 1,
+                           .codes = codes + first,
+                           .errors = errors + first,
+                           .scratch = workspace.scratch[thread].reserve_array<float>(columns * kRoundingRows)});
+  });
+}
+
 int64_t rows_together(const Kernels& kernels, const Attention& a) {
   // As many rows as fill the lanes once, or four times where many heads share a key and once would leave lanes empty.
   const int64_t shared = a.heads / a.kv_heads, lanes = kernels.query_lanes;

@@ -109,6 +109,10 @@ void normalize(const Kernels& kernels, const float* x, int64_t m, int64_t k, con
 void normalize_quantize(const Kernels& kernels, const float* x, int64_t m, int64_t k, const Norm& norm,
                         std::optional<float> scale, int8_t* codes, float* scales, Workspace& workspace);
 
+// Columns that make up for each other's errors, see Rounding; all arrays [columns, rows] but factor [columns, columns].
+void round_in_turn(const Kernels& kernels, int64_t columns, int64_t rows, const float* values, const float* steps,
+                   const float* factor, int bits, int8_t* codes, float* errors, Workspace& workspace);
+
 // Attention of m consecutive queries of one sequence over an int8 cache.
 struct Attention {
   const float* queries;  // row i of head h at i·query_stride + h·head_dim

@@ -449,6 +449,37 @@ def test_what_cant_be_quantized_shows(kernels: Kernels, k: int) -> None:
         assert np.isfinite(scales[[0, 3]]).all()
 
 
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (2, 31), (3, 33), (17, 32), (64, 200), (128, 77)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_columns_rounded_in_turn_make_up_for_earlier_errors(
+    kernels: Kernels, columns: int, rows: int, bits: int
+) -> None:
+    rng = np.random.default_rng([columns, rows, bits])
+    values, factor = rng.normal(size=(columns, rows)), rng.normal(size=(columns, columns)) / np.sqrt(columns)
+    values, factor = values.astype(np.float32), factor.astype(np.float32)
+    np.fill_diagonal(factor, rng.choice([-1, 1], columns) * np.exp(rng.uniform(-1, 1, columns)))
+    factor[np.triu_indices(columns, 1)] = np.nan  # isn't read
+    steps = np.exp(rng.uniform(-1, 1, values.shape)).astype(np.float32) / 2 ** (bits - 1)  # some saturate
+    codes, errors = kernels.round_in_turn(values, steps, factor, bits)
+    assert (codes.dtype, errors.dtype) == (np.int8, np.float32)
+    lower, lowest, highest = np.tril(factor, -1).astype(np.float64), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    wanted = values - lower @ errors
+    bound = (columns + 4) * EPS * (np.abs(values) + np.abs(lower) @ np.abs(errors) + np.abs(codes * steps))
+    assert (np.abs(np.clip(wanted / steps, lowest, highest) - codes) <= 0.5 + bound / steps).all()
+    assert (np.abs(np.diag(factor)[:, None] * errors - (wanted - codes * steps)) <= bound).all()
+    if columns > 16:
+        assert {lowest, highest} <= set(codes.reshape(-1).tolist())
+        nearest = numerics.quantize(values, steps, bits)
+        assert (codes != nearest).mean() > 0.2  # or nothing was made up for
+
+
+def test_columns_that_are_independent_are_rounded_as_ever(kernels: Kernels) -> None:
+    values = np.arange(-40, 40, dtype=np.float32).reshape(2, 40) / 4  # with ties
+    codes, errors = kernels.round_in_turn(values, np.full_like(values, 0.5), np.eye(2, dtype=np.float32), 4)
+    np.testing.assert_array_equal(codes, numerics.quantize(values, 0.5, 4))
+    np.testing.assert_array_equal(errors, values - 0.5 * codes)
+
+
 @pytest.mark.parametrize("k", [1, 7, 16, 100, 576, 2048])
 @pytest.mark.parametrize("kind", ["rms", "layer", "layer with bias"])
 def test_norms(kernels: Kernels, k: int, kind: str) -> None:

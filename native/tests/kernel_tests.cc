@@ -246,6 +246,37 @@ void test_rows(const Kernels& kernels, Workspace& workspace, int64_t m, int64_t 
   }
 }
 
+void test_round_in_turn(const Kernels& kernels, Workspace& workspace, int64_t columns, int64_t rows, int bits) {
+  const double lowest = -(1 << (bits - 1)), highest = -lowest - 1;
+  Shifted<float> values(columns * rows, 1), steps(columns * rows, 1), factor(columns * columns, 1),
+      errors(columns * rows, 1);
+  Shifted<int8_t> codes(columns * rows, 1);
+  for (int64_t i = 0; i < columns * rows; ++i) {
+    values.data[i] = static_cast<float>(uniform(-2, 2));
+    steps.data[i] = static_cast<float>(uniform(0.5, 2) / highest);
+  }
+  for (int64_t i = 0; i < columns; ++i)
+    for (int64_t j = 0; j < columns; ++j)
+      factor.data[i * columns + j] = static_cast<float>(i == j ? uniform(0.5, 2) : j < i ? uniform(-0.2, 0.2) : NAN);
+  round_in_turn(kernels, columns, rows, values.data, steps.data, factor.data, bits, codes.data, errors.data, workspace);
+  for (int64_t i = 0; i < columns; ++i)
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = i * rows + r;
+      double value = values.data[at], size = std::fabs(value);
+      for (int64_t j = 0; j < i; ++j) {
+        const double term = static_cast<double>(factor.data[i * columns + j]) * errors.data[j * rows + r];
+        value -= term;
+        size += std::fabs(term);
+      }
+      const double step = steps.data[at], rounded = codes.data[at] * step;
+      const double bound = static_cast<double>(columns + 4) * kEps * (size + std::fabs(rounded));
+      const double exact = std::fmin(highest, std::fmax(lowest, value / step));
+      require(std::fabs(exact - codes.data[at]) <= 0.5 + bound / step, "code of a column in turn");
+      const double error = static_cast<double>(factor.data[i * columns + i]) * errors.data[at];
+      require(std::fabs(error - (value - rounded)) <= bound, "error of a column in turn");
+    }
+}
+
 void test_attention(const Kernels& kernels, Workspace& workspace, int64_t m, int64_t before, int64_t heads,
                     int64_t kv_heads, int64_t d, int64_t page_tokens, int64_t window, float softcap, bool alibi) {
   const int64_t positions = before + m, pages = (positions + page_tokens - 1) / page_tokens;
@@ -616,6 +647,11 @@ void test_target(const Kernels& kernels, const Kernels& scalar) {
     for (const int64_t k : {1, 15, 64, 577}) test_activate(kernels, k);
     for (const int64_t k : {1, 15, 64, 577}) test_rows(kernels, workspace, 5, k);
     test_rows(kernels, workspace, 200, 576);
+    for (const int64_t columns : {1, 2, 128})
+      for (const int64_t rows : {1, 32, 77}) {
+        test_round_in_turn(kernels, workspace, columns, rows, 4);
+        test_round_in_turn(kernels, workspace, columns, rows, 8);
+      }
     for (const int64_t m : {1, 8, 30, 600})
       for (const auto scale : {std::optional(0.05f), std::optional<float>()}) test_linear(kernels, workspace, m, scale);
     for (const int64_t d : {7, 20, 33, 64})

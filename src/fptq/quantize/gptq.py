@@ -12,6 +12,7 @@ import torch
 
 from fptq import numerics
 from fptq.errors import QuantizationError
+from fptq.runtime.kernels import Kernels
 
 DAMPING = 0.01
 """Share of the mean diagonal of the Gram matrix that is added to it (section 3.3, step 3)."""
@@ -28,7 +29,7 @@ class Compensation:
     Attributes:
         order: the columns in the order of rounding: falling energy of their input ("act-order"); the rows in that of
             their outputs' gradients.
-        factor: upper Cholesky factor of the inverse of the damped Gram matrix, in that order, float32 [k, k].
+        factor: lower Cholesky factor of the inverse of the damped Gram matrix, in that order, float32 [k, k].
     """
 
     order: torch.Tensor
@@ -68,56 +69,63 @@ def round_gptq(
         bits: of a code.
         outputs: how its rows do, some that follow each other at a time, all n together; none if rows are independent.
     """
+    kernels = Kernels(threads=torch.get_num_threads())
+    if not outputs:
+        return _round_columns_in_turn(weight, inputs, scales, bits, kernels)
     codes = torch.empty(weight.shape, dtype=torch.int8)
     stop = 0
     for compensation in outputs:
         start, stop = stop, stop + len(compensation.order)
-        codes[start:stop] = _round_rows_in_turn(weight[start:stop], inputs, scales[start:stop], bits, compensation)
-    return codes if outputs else _round_columns_in_turn(weight, inputs, scales, bits)
+        part = weight[start:stop], inputs, scales[start:stop], bits, kernels
+        codes[start:stop] = _round_rows_in_turn(*part, compensation)
+    return codes
 
 
 def _round_rows_in_turn(
-    weight: torch.Tensor, inputs: Compensation, scales: torch.Tensor, bits: int, outputs: Compensation
+    weight: torch.Tensor,
+    inputs: Compensation,
+    scales: torch.Tensor,
+    bits: int,
+    kernels: Kernels,
+    outputs: Compensation,
 ) -> torch.Tensor:
     n, k = weight.shape
-    order, inverse = outputs.order, outputs.factor
+    order, factor = outputs.order, outputs.factor
     rest, scales = weight[order], scales[order]
     codes = torch.empty(n, k, dtype=torch.int8)
     for start in range(0, n, _ROWS):
         stop = min(n, start + _ROWS)
         rows = slice(start, stop)
-        codes[rows] = _round_columns_in_turn(rest[rows], inputs, scales[rows], bits)
-        errors = rest[rows] - numerics.dequantize_weight(codes[rows], scales[rows])
-        errors = torch.linalg.solve_triangular(inverse[rows, rows].T, errors, upper=False)
-        rest[stop:] -= inverse[rows, stop:].T @ errors
-    return codes[torch.argsort(order)]
+        part = _round_columns_in_turn(rest[rows], inputs, scales[rows], bits, kernels)
+        errors = rest[rows] - numerics.dequantize_weight(part, scales[rows])
+        errors = torch.linalg.solve_triangular(factor[rows, rows], errors, upper=False)
+        rest[stop:].addmm_(factor[stop:, rows], errors, alpha=-1)
+        codes[order[rows]] = part
+    return codes
 
 
 def _round_columns_in_turn(
-    weight: torch.Tensor, compensation: Compensation, scales: torch.Tensor, bits: int
+    weight: torch.Tensor, inputs: Compensation, scales: torch.Tensor, bits: int, kernels: Kernels
 ) -> torch.Tensor:
     n, k = weight.shape
-    order, inverse = compensation.order, compensation.factor
-    rest = weight[:, order].clone()
-    step = scales.repeat_interleave(k // scales.shape[1], dim=1)[:, order]
+    order, factor = inputs.order, inputs.factor
+    # transposed: so a column lies in one piece
+    rest = weight[:, order].T.contiguous()
+    steps = scales.T[order // (k // scales.shape[1])].contiguous()
     codes = torch.empty(n, k, dtype=torch.int8)
     for start in range(0, k, _COLUMNS):
         stop = min(k, start + _COLUMNS)
-        factor = inverse[start:stop, start:stop]
-        # transposed, a column lies in one piece: what goes over it again and again finds it in a cache
-        columns, steps = (values[:, start:stop].T.contiguous() for values in (rest, step))
-        errors = torch.empty_like(columns)
-        for i in range(stop - start):
-            code = numerics.quantize(columns[i], steps[i], bits)
-            codes[:, start + i] = code.to(torch.int8)
-            errors[i] = (columns[i] - code * steps[i]) / factor[i, i]
-            columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-        rest[:, stop:] -= errors.T @ inverse[start:stop, stop:]
-    return codes[:, torch.argsort(order)]
+        columns = slice(start, stop)
+        part, errors = kernels.round_in_turn(
+            rest[columns].numpy(), steps[columns].numpy(), factor[columns, columns].numpy(), bits
+        )
+        codes[:, order[columns]] = torch.from_numpy(part).T
+        rest[stop:].addmm_(factor[stop:, columns], torch.from_numpy(errors), alpha=-1)
+    return codes
 
 
 def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return the upper Cholesky factor of the damped matrix's inverse; `gram` is the function's own to change."""
+    """Return the lower Cholesky factor of the damped matrix's inverse; `gram` is the function's own to change."""
     mean = float(torch.diagonal(gram).mean())
     if not mean < float("inf"):
         raise QuantizationError("a Gram matrix isn't finite; the model is damaged")
@@ -127,7 +135,7 @@ def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
         factor, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
             factor = torch.cholesky_inverse(factor)
-            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+            factor, failed = torch.linalg.cholesky_ex(factor)
             if not failed and bool(torch.isfinite(factor).all()):
                 return factor
         damping *= 10

@@ -303,6 +303,33 @@ class Kernels:
         self._session.quantize(x, input_scale, codes, scales)
         return codes, scales
 
+    def round_in_turn(self, values: Array, steps: Array, factor: Array, bits: int) -> tuple[Array, Array]:
+        """Round columns of a weight matrix one after the other, later ones making up for earlier errors (GPTQ).
+
+        Column i has v = values[i] - Σ_{j<i} factor[i, j] · errors[j], the codes round(v / steps[i]), saturated, and
+        errors[i] = (v - codes[i] · steps[i]) / factor[i, i].
+
+        Args:
+            values: float32 [c, n], c columns of n weights each, finite.
+            steps: float32 [c, n], their step sizes, not 0.
+            factor: float32 [c, c], of which the lower triangle counts; no 0 on its diagonal.
+            bits: of a code, up to 8.
+
+        Returns:
+            codes int8 [c, n] and errors float32 [c, n].
+        """
+        values = _check("values", values, np.float32, (None, None))
+        steps = _check("steps", steps, np.float32, values.shape)
+        factor = _check("factor", factor, np.float32, (len(values), len(values)))
+        if not 2 <= bits <= 8:
+            raise KernelError(f"codes of {bits} bits: needed 2 to 8")
+        if self._session is None:
+            codes, exact = reference.round_in_turn(values, steps, factor, bits)
+            return codes, _to_float32(exact)
+        codes, errors = np.empty(values.shape, np.int8), np.empty(values.shape, np.float32)
+        self._session.round_in_turn(values, steps, factor, bits, codes, errors)
+        return codes, errors
+
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """Return float32 x / √(mean(x²) + eps) · weight for the rows of x [m, k]."""
         return self._normalize(x, weight, None, eps, False)

@@ -136,6 +136,17 @@ def quantize(x: Array, scale: float | None) -> tuple[Array, Array]:
     return np.nan_to_num(codes, nan=-128).astype(np.int8), scales.astype(np.float32)
 
 
+def round_in_turn(values: Array, steps: Array, factor: Array, bits: int) -> tuple[Array, Array]:
+    """Return what `Kernels.round_in_turn` does: codes int8 [c, n], and errors in float64."""
+    codes, errors = np.empty(values.shape, np.int8), np.empty(values.shape)
+    for i in range(len(values)):
+        value = values[i] - factor[i, :i].astype(np.float64) @ errors[:i]
+        code = numerics.quantize(value, steps[i], bits)
+        codes[i] = code.astype(np.int8)
+        errors[i] = (value - code * steps[i]) / factor[i, i]
+    return codes, errors
+
+
 def normalize(x: Array, weight: Array, bias: Array | None, eps: float, center: bool) -> Array:
     """Return LayerNorm (`center`) or RMSNorm of the rows of x [m, k] in float64."""
     rows = x.astype(np.float64)
