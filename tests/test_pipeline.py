@@ -23,6 +23,7 @@ from fptq.evaluate.fidelity import ScoredModel, score_windows
 from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel
 from fptq.quantize import CalibrationSpec, Options, pipeline, quantize, rounding
+from fptq.quantize.calibration import calibration_for
 from fptq.quantize.walk import CalibrationWalk
 from fptq.recipe import Activation, Recipe, get_recipe
 from tiny import VARIANTS, save_tiny, token_ids
@@ -100,7 +101,7 @@ def test_kv_scales_cover_keys_after_rotary_and_values(llama: Path, finished: Pat
     from transformers import DynamicCache
 
     source = FloatModel.open(str(llama))
-    data = pipeline.load_calibration(RANDOM, source.tokenizer, source.config.vocab_size)
+    data = calibration_for(source, RANDOM)
     cache = DynamicCache()
     with torch.no_grad():
         source.load_all(torch.float32)(torch.from_numpy(data.tokens), past_key_values=cache, use_cache=True)

@@ -108,7 +108,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _inspect_model(options: argparse.Namespace) -> dict[str, Any]:
     require_torch()
-    from fptq.quantize.pipeline import preview
+    from fptq.quantize.preview import preview
     from fptq.report.tables import plan_table, policy_table, range_table
 
     layers, statistics = preview(options.model, recipe_of(options), calibration_of(options), options.compute_dtype)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fptq.errors import CalibrationError, TextError
+from fptq.models.loading import FloatModel
 from fptq.models.text import beginning_of_sequence, hub_documents, local_text, read_documents
 
 PILE = "mit-han-lab/pile-val-backup"
@@ -91,6 +92,16 @@ def load_calibration(spec: CalibrationSpec, tokenizer: Any | None, vocabulary_si
             f"the tokenizer gives id {int(tokens.max())}, the model has {vocabulary_size} embeddings"
         )
     return CalibrationData(tokens, spec)
+
+
+def calibration_for(source: FloatModel, spec: CalibrationSpec) -> CalibrationData:
+    """Return a model's calibration data.
+
+    Raises:
+        CalibrationError: the model can't take samples so long, or the data can't be had or is too short.
+    """
+    source.check_length(spec.length, CalibrationError)
+    return load_calibration(spec, source.tokenizer, source.config.vocab_size)
 
 
 def plain_tokens(tokenizer: Any | None, vocabulary_size: int) -> np.ndarray:

@@ -191,6 +191,24 @@ class BlockStatistics:
         self.key_channel_max = largest(keys, self.key_channel_max)
         self.value_channel_max = largest(values, self.value_channel_max)
 
+    def kept_arrays(self, block_name: str, scales: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return what a checkpoint keeps of it, by name.
+
+        Args:
+            block_name: the block's full name.
+            scales: s [k] of each equalized input group, by its first layer.
+        """
+        arrays = {
+            f"{block_name}.key_channel_max": self.key_channel_max,
+            f"{block_name}.value_channel_max": self.value_channel_max,
+        }
+        for layer, seen in self.inputs.items():
+            arrays[f"{block_name}.{layer}.channel_max"] = seen.channel_max
+            arrays[f"{block_name}.{layer}.histogram"] = seen.histogram
+            if layer in scales:
+                arrays[f"{block_name}.{layer}.channel_max_after"] = seen.channel_max / scales[layer]
+        return arrays
+
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return everything as arrays by name, as `from_arrays` takes it."""
         arrays = {"key_channel_max": self.key_channel_max, "value_channel_max": self.value_channel_max}

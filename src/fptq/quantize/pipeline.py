@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +31,16 @@ from fptq.checkpoint import (
     linear_tensors,
     quantization_config,
 )
-from fptq.errors import CalibrationError, QuantizationError
+from fptq.errors import QuantizationError
 from fptq.memory import keeping_freed_memory
-from fptq.models.architectures import InputGroup, attention_name
+from fptq.models.architectures import attention_name
 from fptq.models.loading import FloatModel, head_layers, library_versions
 from fptq.progress import progress_bar
-from fptq.quantize.calibration import CalibrationData, CalibrationSpec, load_calibration
+from fptq.quantize.calibration import CalibrationData, CalibrationSpec, calibration_for
 from fptq.quantize.equalize import equalize_
 from fptq.quantize.fisher import FisherInformation
 from fptq.quantize.observe import BlockStatistics, Wanted
-from fptq.quantize.policy import BlockPlan, decide, decide_head, is_skipped, layer_bits_and_group
+from fptq.quantize.policy import BlockPlan, check_layers, decide, decide_head, layer_weights
 from fptq.quantize.qat import TrainingSpec, disk_bytes, train
 from fptq.quantize.quantized import quantized
 from fptq.quantize.recording import Recording
@@ -113,7 +111,7 @@ def quantize(
     destination = Path(os.path.realpath(Path(output).expanduser()))
     refuse_foreign(destination)
     source = FloatModel.open(model) if isinstance(model, str) else model
-    data = _load_calibration(source, calibration)
+    data = calibration_for(source, calibration)
     return _Job(source, destination, recipe, data, options, recording).run()
 
 
@@ -128,7 +126,7 @@ def record(
 ) -> None:
     """Observe `model` on calibration data once for several recipes, and keep it in `folder` for `quantize`."""
     source = FloatModel.open(model) if isinstance(model, str) else model
-    data = _load_calibration(source, calibration)
+    data = calibration_for(source, calibration)
     wanted = Wanted.of(recipes, data.tokens.size)
     Recording(source, data.tokens, getattr(torch, compute_dtype), folder).make(wanted, progress=progress)
 
@@ -144,11 +142,6 @@ def training_spec(recipe: Recipe) -> TrainingSpec | None:
         quantize_activations=recipe.quantizes_activations,
         skip=recipe.skip,
     )
-
-
-def _load_calibration(source: FloatModel, calibration: CalibrationSpec) -> CalibrationData:
-    source.check_length(calibration.length, CalibrationError)
-    return load_calibration(calibration, source.tokenizer, source.config.vocab_size)
 
 
 class _Job:
@@ -285,7 +278,7 @@ class _Job:
                 self.walk.run_float(index, bar.update)
             if self.walk.dtype is not torch.float32:
                 self.source.load(block, name, torch.float32)  # only the activations are computed in less
-            plan = decide(groups, statistics, self.recipe, name, _weights(block, groups))
+            plan = decide(groups, statistics, self.recipe, name, layer_weights(block, groups))
             equalized = equalize_(block, groups, plan.scales, statistics, keys=self._equalizes_keys)
             ranges = equalized.ranges
             output_grams = self.fisher.output_grams(index, equalized.divisors) if self.fisher else None
@@ -321,7 +314,7 @@ class _Job:
             }
         writer.add_part(f"block-{index:05d}", tensors)
         write_json(writer.part(f"block-{index:05d}", ".json"), {"layers": layers, "cache": {attention: cache}})
-        arrays = _statistics_arrays(name, statistics, plan)
+        arrays = statistics.kept_arrays(name, plan.scales)
         write_durably(writer.part(f"block-{index:05d}", ".npz"), _npz_writer(arrays))
         self.workspace.note(index + 1)
         if self.fisher:
@@ -465,86 +458,6 @@ class _Job:
             int8_cache=self.recipe.kv_cache == "int8",
             ignore=sorted(linear - set(layers)),
         )
-
-
-def check_layers(source: FloatModel, recipe: Recipe) -> None:
-    """Raise QuantizationError for what can be known of the layers before anything is computed.
-
-    A skip pattern matches no layer, the patterns leave nothing to quantize, no group size fits a layer, or a layer is
-    smaller than the rank of its correction.
-    """
-    layers = {
-        f"{source.block_name(index)}.{layer}": (group, block.get_submodule(layer))
-        for index, block in enumerate(source.blocks)
-        for group in source.groups
-        for layer in group.layers
-    }
-    for pattern in recipe.skip:
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            raise QuantizationError(f"--skip '{pattern}' matches no layer; layers are named like {next(iter(layers))}")
-    quantized = {name: layer for name, layer in layers.items() if not is_skipped(name, recipe)}
-    if not quantized:
-        raise QuantizationError("--skip leaves no layer to quantize")
-    for name, (group, linear) in quantized.items():
-        layer_bits_and_group(linear.in_features, group.role, recipe, name)
-        if recipe.low_rank > min(linear.in_features, linear.out_features):
-            raise QuantizationError(
-                f"{name}: is {linear.out_features} x {linear.in_features}, too small for low_rank {recipe.low_rank}"
-            )
-
-
-def preview(
-    model: str,
-    recipe: Recipe,
-    calibration: CalibrationSpec,
-    compute_dtype: str = "float32",
-    *,
-    progress: bool = True,
-) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
-    """Return what `quantize` would decide, as JSON-ready plans by layer, and the statistics behind it."""
-    if recipe.propagate_error or recipe.training_steps or recipe.needs_fisher:
-        raise QuantizationError(
-            f"recipe {recipe.name} trains, calibrates on blocks that are quantized already, or needs gradients: what "
-            "it decides shows only when it quantizes"
-        )
-    source = FloatModel.open(model)
-    data = _load_calibration(source, calibration)
-    layers: dict[str, dict[str, Any]] = {}
-    arrays: dict[str, np.ndarray] = {}
-    check_layers(source, recipe)
-    dtype = getattr(torch, compute_dtype)
-    with tempfile.TemporaryDirectory(prefix="fptq-") as folder:
-        walk = CalibrationWalk(source, data.tokens, dtype, Path(folder), Wanted.of([recipe], data.tokens.size))
-        walk.begin(fresh=True)
-        with progress_bar(len(source.blocks) * len(walk.batches), show=progress) as bar:
-            for index in range(len(source.blocks)):
-                name = source.block_name(index)
-                bar.set_description(f"block {index + 1}/{len(source.blocks)}")
-                with source.loaded_block(index, dtype) as block:
-                    statistics = walk.observe(index, block, bar.update)
-                    plan = decide(source.groups, statistics, recipe, name, _weights(block, source.groups))
-                layers |= {f"{name}.{layer}": decision.to_dict() for layer, decision in plan.layers.items()}
-                arrays |= _statistics_arrays(name, statistics, plan)
-    return layers | decide_head(head_layers(source.model), recipe), arrays
-
-
-def _weights(block: nn.Module, groups: list[InputGroup]) -> dict[str, torch.Tensor]:
-    """Return the weights of the block's linear layers by name."""
-    return {name: block.get_submodule(name).weight for group in groups for name in group.layers}
-
-
-def _statistics_arrays(name: str, statistics: BlockStatistics, plan: BlockPlan) -> dict[str, np.ndarray]:
-    """Return what is kept of a block's statistics, by name."""
-    arrays = {
-        f"{name}.key_channel_max": statistics.key_channel_max,
-        f"{name}.value_channel_max": statistics.value_channel_max,
-    }
-    for layer, seen in statistics.inputs.items():
-        arrays[f"{name}.{layer}.channel_max"] = seen.channel_max
-        arrays[f"{name}.{layer}.histogram"] = seen.histogram
-        if layer in plan.scales:
-            arrays[f"{name}.{layer}.channel_max_after"] = seen.channel_max / plan.scales[layer]
-    return arrays
 
 
 def _npz_writer(arrays: dict[str, np.ndarray]) -> Callable[[Any], None]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fptq import numerics
 from fptq.errors import QuantizationError
 from fptq.models.architectures import InputGroup, NormSource
+from fptq.models.loading import FloatModel
 from fptq.quantize.equalize import equalization_scale, range_after
 from fptq.quantize.observe import BlockStatistics, InputStatistics
 from fptq.recipe import PER_CHANNEL, Activation, LayerPlan, Recipe, Role
@@ -169,6 +171,37 @@ def _obstacle(group: InputGroup, recipe: Recipe) -> str:
     if not isinstance(group.source, NormSource) and not recipe.fuse_into_linear:
         return f"recipe {recipe.name} fuses into norms only"
     return ""
+
+
+def check_layers(source: FloatModel, recipe: Recipe) -> None:
+    """Raise QuantizationError for what can be known of the layers before anything is computed.
+
+    A skip pattern matches no layer, the patterns leave nothing to quantize, no group size fits a layer, or a layer is
+    smaller than the rank of its correction.
+    """
+    layers = {
+        f"{source.block_name(index)}.{layer}": (group, block.get_submodule(layer))
+        for index, block in enumerate(source.blocks)
+        for group in source.groups
+        for layer in group.layers
+    }
+    for pattern in recipe.skip:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise QuantizationError(f"--skip '{pattern}' matches no layer; layers are named like {next(iter(layers))}")
+    quantized = {name: layer for name, layer in layers.items() if not is_skipped(name, recipe)}
+    if not quantized:
+        raise QuantizationError("--skip leaves no layer to quantize")
+    for name, (group, linear) in quantized.items():
+        layer_bits_and_group(linear.in_features, group.role, recipe, name)
+        if recipe.low_rank > min(linear.in_features, linear.out_features):
+            raise QuantizationError(
+                f"{name}: is {linear.out_features} x {linear.in_features}, too small for low_rank {recipe.low_rank}"
+            )
+
+
+def layer_weights(block: nn.Module, groups: list[InputGroup]) -> dict[str, torch.Tensor]:
+    """Return the weights of a block's linear layers by name."""
+    return {name: block.get_submodule(name).weight for group in groups for name in group.layers}
 
 
 def decide_head(layers: list[str], recipe: Recipe) -> dict[str, dict[str, Any]]:
