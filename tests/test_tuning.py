@@ -31,7 +31,7 @@ QUIET = Options(progress=False)
 
 
 def recipe(steps: int, name: str = "fptq-best", **changes: Any) -> Recipe:
-    return get_recipe(name, group_size=32, v0=2.0, tuning_steps=steps, **changes)
+    return get_recipe(name, group_size=32, v0=2.0, fisher_samples=0, tuning_steps=steps, **changes)
 
 
 def divergence(model: Path, checkpoint: Path, data: CalibrationSpec = DATA) -> float:

@@ -290,15 +290,15 @@ def _presets() -> dict[str, Preset]:
     add(
         "fptq-gptq", usual, "fptq with weights rounded by GPTQ after LAE (the paper's FPTQ_GPTQ)", fptq, rounding="gptq"
     )
-    beyond = "beyond FPTQ, with parts of AWQ, GPTQ and EfficientQAT"
+    beyond = "beyond FPTQ, with parts of AWQ, GPTQ, GuidedQuant, YAQA and EfficientQAT"
     searched = replace(
         usual, equalization="search", clipping="search", dynamic=fc2, fuse_into_linear=True, equalize_keys=True
     )
-    best = replace(searched, rounding="gptq", propagate_error=True, tuning_steps=100)
+    best = replace(searched, rounding="gptq", fisher_samples=64, propagate_error=True, tuning_steps=50)
     add(
         "fptq-best",
         best,
-        "fptq's form, FC2 dynamic, with searched equalization and weight scales, GPTQ on propagated inputs, tuning",
+        "fptq's form, FC2 dynamic: searched scales, GPTQ by Fisher information on propagated inputs, tuning",
         beyond,
         samples=128,
     )
@@ -312,9 +312,10 @@ def _presets() -> dict[str, Preset]:
     add(
         "fptq-best-thorough",
         best,
-        "fptq-best on four times the samples, and four times the steps of tuning: --effort thorough",
+        "fptq-best on four times the samples, with four times the steps of tuning: --effort thorough",
         beyond,
-        tuning_steps=400,
+        fisher_samples=256,
+        tuning_steps=200,
     )
 
     add("rtn-w4a16", weights, "int4 weights in groups, rounded to nearest; all else in float", nearest)

@@ -5,7 +5,9 @@ outputs hardly matter to them, errors of some cancel those of others, and at som
 The Fisher information of a layer's weights says which. It is taken for a Kronecker product (K-FAC, arXiv 1503.05671) of
 the inputs' Gram matrix, in which tokens have weights (GuidedQuant, arXiv 2505.07004), and the Gram matrix of gradients
 of the outputs. Weights and the latter are made here, from the gradient g of the negative log likelihood of tokens that
-the model itself draws: sums of g·gᵀ over tokens, and |g|² of each. Rounding by both factors is YAQA (arXiv 2505.22988).
+the model itself draws. Its direction goes into the outputs' matrix, the sum of g·gᵀ / |g|² over tokens, and its length
+into the inputs': a token's weight is |g|. (The information itself has |g|² for it, but then few tokens would speak for
+all.) Rounding by both matrices is YAQA (arXiv 2505.22988).
 
 First the float model runs forward, and each block's inputs are kept; then backward, block by block. In memory is one
 block at a time. The matrix of a long output is cut into squares along its diagonal.
@@ -35,6 +37,8 @@ from fptq.shards import read_header, read_tensor, write_shard
 MOST_OUTPUTS = 2048
 """A layer with more outputs has a matrix for each so many of them, as if those of others were independent."""
 
+_NOISE = 1e-6  # of the mean energy: what a gradient that should be 0 has, as that of the first token's query
+_TINY = torch.finfo(torch.float32).tiny
 _STATES, _GRADIENTS = torch.bfloat16, torch.float32  # what the files hold
 
 
@@ -62,11 +66,13 @@ class FisherInformation:
             QuantizationError: the model's outputs or gradients have a NaN or an infinity.
             OutputError: a file can't be read or written.
         """
-        blocks, batches = len(self._source.blocks), len(self._batches)
+        blocks, batches, samples = len(self._source.blocks), len(self._batches), len(self._tokens)
         done = [index for index in range(blocks) if self._matrices(index).is_file()]
         due = min(done, default=blocks)
-        # backward a block runs forward again first: that is two passes, and sums as long as one; one was before
-        total, initial = 4 * blocks * batches, (blocks + 3 * (blocks - due)) * batches if done else 0
+        # backward a block runs forward again first: that is two passes, and sums as long as one; one was before, and
+        # in between the gradient of each sample's loss
+        total = 4 * blocks * batches + samples
+        initial = (blocks + 3 * (blocks - due)) * batches + samples if done else 0
         with progress_bar(total, initial=initial, what="sensitivities", show=progress) as bar:
             if not done:
                 self._run_forward(bar)
@@ -103,8 +109,7 @@ class FisherInformation:
     def token_weights(self, index: int, tokens: int) -> dict[str, torch.Tensor]:
         """Return what each token counts for in the inputs of a block, float32 [tokens], by first layer.
 
-        It is the root of |g|², summed up over all outputs of the layers that read the input, and has the mean 1. By the
-        root fewer tokens are left out than by |g|² itself.
+        It is |g| over all outputs of the layers that read the input, and has the mean 1.
 
         Args:
             index: of the block.
@@ -151,6 +156,7 @@ class FisherInformation:
         with self._source.loaded_outside(torch.float32):
             for sample in range(len(self._tokens)):
                 self._gradients(len(self._source.blocks)).write(sample, self._gradient(sample))
+                bar.update()
         for index in range(len(self._source.blocks) + 1):
             self._states(index).flush()
         self._gradients(len(self._source.blocks)).flush()
@@ -206,7 +212,9 @@ class FisherInformation:
 
             def add(gradient: torch.Tensor, layer: str = layer) -> None:
                 rows = gradient.reshape(-1, gradient.shape[-1]).float()
-                energies[layer].append(rows.square().sum(1))
+                energy = rows.square().sum(1)
+                energies[layer].append(energy)
+                rows = rows / (energy + _NOISE * energy.mean() + _TINY).sqrt()[:, None]
                 for matrix, part in zip(sums[layer], rows.split(MOST_OUTPUTS, dim=1), strict=True):
                     add_to_gram_(matrix, part)
 
