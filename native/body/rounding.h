@@ -30,7 +30,7 @@ void round_in_turn(const Rounding& r) {
       const int64_t at = i * r.stride + v * L;
       const auto step = load_some<Isa>(r.steps + at, count(v));
       const auto value = Isa::subtract(load_some<Isa>(r.values + at, count(v)), Isa::add(even[v], odd[v]));
-      const auto code = Isa::min(highest, Isa::max(lowest, Isa::round(Isa::divide(value, step))));
+      const auto code = to_code<Isa>(value, step, lowest, highest);
       const auto error = Isa::divide(Isa::subtract(value, Isa::multiply(code, step)), diagonal);
       Isa::store(r.scratch + i * kRoundingRows + v * L, error);
       store_some<Isa>(r.errors + at, count(v), error);

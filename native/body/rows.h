@@ -37,10 +37,12 @@ void store_codes(int8_t* out, int count, typename Isa::Float x) {
   for (int j = 0; j < count; ++j) out[j] = rest[j];
 }
 
-// Whole numbers -128..127, or NaN where x is: max and min give the second operand if either is NaN.
+// Whole numbers from lowest to highest, or NaN where x is: max and min give the second operand if either is NaN.
 template <class Isa>
-typename Isa::Float to_code(typename Isa::Float x, typename Isa::Float scale) {
-  return Isa::min(Isa::splat(127.0f), Isa::max(Isa::splat(-128.0f), Isa::round(Isa::divide(x, scale))));
+typename Isa::Float to_code(typename Isa::Float x, typename Isa::Float scale,
+                            typename Isa::Float lowest = Isa::splat(-128.0f),
+                            typename Isa::Float highest = Isa::splat(127.0f)) {
+  return Isa::min(highest, Isa::max(lowest, Isa::round(Isa::divide(x, scale))));
 }
 
 // 0 if all lanes of everything added are finite, else NaN.

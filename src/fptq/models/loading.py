@@ -246,6 +246,10 @@ class FloatModel:
         values.pop("_name_or_path", None)
         return {"architectures": [type(self.model).__name__], **values}
 
+    def layer_weights(self, block: nn.Module) -> dict[str, torch.Tensor]:
+        """Return the weights [n, k] of a block's linear layers, by name within the block."""
+        return {layer: block.get_submodule(layer).weight for group in self.groups for layer in group.layers}
+
     def check_length(self, length: int, error: type[FPTQError]) -> None:
         """Raise `error` if `length` tokens don't fit the model's context."""
         context = getattr(self.config, "max_position_embeddings", None)

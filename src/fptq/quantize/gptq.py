@@ -18,7 +18,7 @@ DAMPING = 0.01
 """Share of the mean diagonal of the Gram matrix that is added to it (section 3.3, step 3)."""
 
 _COLUMNS = 128  # that are rounded before the others are updated, all at once (section 3.3, step 2)
-_ROWS = 32  # that are rounded without making up for each other
+_ROWS = 32  # that are rounded without making up for each other: as many as the native kernel takes at once
 _MOST_DAMPING = 100 * DAMPING
 
 
@@ -76,18 +76,18 @@ def round_gptq(
     stop = 0
     for compensation in outputs:
         start, stop = stop, stop + len(compensation.order)
-        part = weight[start:stop], inputs, scales[start:stop], bits, kernels
-        codes[start:stop] = _round_rows_in_turn(*part, compensation)
+        rows = slice(start, stop)
+        codes[rows] = _round_rows_in_turn(weight[rows], inputs, compensation, scales[rows], bits, kernels)
     return codes
 
 
 def _round_rows_in_turn(
     weight: torch.Tensor,
     inputs: Compensation,
+    outputs: Compensation,
     scales: torch.Tensor,
     bits: int,
     kernels: Kernels,
-    outputs: Compensation,
 ) -> torch.Tensor:
     n, k = weight.shape
     order, factor = outputs.order, outputs.factor

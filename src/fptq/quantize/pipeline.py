@@ -40,7 +40,7 @@ from fptq.quantize.calibration import CalibrationData, CalibrationSpec, calibrat
 from fptq.quantize.equalize import equalize_
 from fptq.quantize.fisher import FisherInformation
 from fptq.quantize.observe import BlockStatistics, Wanted
-from fptq.quantize.policy import BlockPlan, check_layers, decide, decide_head, layer_weights
+from fptq.quantize.policy import BlockPlan, check_layers, decide, decide_head
 from fptq.quantize.qat import TrainingSpec, disk_bytes, train
 from fptq.quantize.quantized import quantized
 from fptq.quantize.recording import Recording
@@ -278,7 +278,7 @@ class _Job:
                 self.walk.run_float(index, bar.update)
             if self.walk.dtype is not torch.float32:
                 self.source.load(block, name, torch.float32)  # only the activations are computed in less
-            plan = decide(groups, statistics, self.recipe, name, layer_weights(block, groups))
+            plan = decide(groups, statistics, self.recipe, name, self.source.layer_weights(block))
             equalized = equalize_(block, groups, plan.scales, statistics, keys=self._equalizes_keys)
             ranges = equalized.ranges
             output_grams = self.fisher.output_grams(index, equalized.divisors) if self.fisher else None

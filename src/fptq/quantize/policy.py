@@ -1,4 +1,4 @@
-"""Algorithm 1 and Table 2: which layer's input is quantized how. Pure: statistics in, plans out."""
+"""Algorithm 1 and Table 2: which layer's input is quantized how. Pure: shapes and statistics in, plans out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from fptq import numerics
 from fptq.errors import QuantizationError
@@ -197,11 +196,6 @@ def check_layers(source: FloatModel, recipe: Recipe) -> None:
             raise QuantizationError(
                 f"{name}: is {linear.out_features} x {linear.in_features}, too small for low_rank {recipe.low_rank}"
             )
-
-
-def layer_weights(block: nn.Module, groups: list[InputGroup]) -> dict[str, torch.Tensor]:
-    """Return the weights of a block's linear layers by name."""
-    return {name: block.get_submodule(name).weight for group in groups for name in group.layers}
 
 
 def decide_head(layers: list[str], recipe: Recipe) -> dict[str, dict[str, Any]]:

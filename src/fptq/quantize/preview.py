@@ -14,7 +14,7 @@ from fptq.models.loading import FloatModel, head_layers
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationSpec, calibration_for
 from fptq.quantize.observe import Wanted
-from fptq.quantize.policy import check_layers, decide, decide_head, layer_weights
+from fptq.quantize.policy import check_layers, decide, decide_head
 from fptq.quantize.walk import CalibrationWalk
 from fptq.recipe import Recipe
 
@@ -48,7 +48,7 @@ def preview(
                 bar.set_description(f"block {index + 1}/{len(source.blocks)}")
                 with source.loaded_block(index, dtype) as block:
                     statistics = walk.observe(index, block, bar.update)
-                    plan = decide(source.groups, statistics, recipe, name, layer_weights(block, source.groups))
+                    plan = decide(source.groups, statistics, recipe, name, source.layer_weights(block))
                 layers |= {f"{name}.{layer}": decision.to_dict() for layer, decision in plan.layers.items()}
                 arrays |= statistics.kept_arrays(name, plan.scales)
     return layers | decide_head(head_layers(source.model), recipe), arrays
