@@ -22,6 +22,7 @@ from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.calibration import load_calibration
 from fptq.quantize.equalize import equalize_
 from fptq.quantize.fisher import FisherInformation
+from fptq.quantize.float_run import FloatRun
 from fptq.quantize.gptq import Compensation, round_gptq
 from fptq.quantize.observe import Wanted, observing
 from fptq.quantize.policy import decide
@@ -40,14 +41,18 @@ def recipe(**changes: Any) -> Recipe:
 def information(model: Path, folder: Path) -> FisherInformation:
     source = FloatModel.open(str(model))
     tokens = load_calibration(DATA, None, source.config.vocab_size).tokens
-    return FisherInformation(source, tokens, folder)
+    (folder / "run").mkdir()
+    float_run = FloatRun(source, tokens, folder / "run", kept=len(tokens))
+    float_run.compute(progress=False)
+    return FisherInformation(source, tokens, float_run, folder)
 
 
 @contextmanager
 def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr("fptq.quantize.fisher.products_in_bfloat16", lambda _: nullcontext())
-        patch.setattr("fptq.quantize.fisher._STATES", torch.float32)
+        for module in ("fisher", "float_run"):
+            patch.setattr(f"fptq.quantize.{module}.products_in_bfloat16", lambda _: nullcontext())
+        patch.setattr("fptq.quantize.float_run._KEPT", torch.float32)
         yield
 
 
@@ -111,6 +116,7 @@ def test_it_is_that_of_gradients_through_the_whole_model(
     for matrix, then, d in zip(matrices, divided, divisors.split(list(map(len, matrices))), strict=True):
         torch.testing.assert_close(then, matrix * d * d[:, None])  # gradients grow as outputs shrink
     assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".safetensors"}
+    assert not list((tmp_path / "run").glob("float-inputs*"))
 
 
 def test_products_and_states_in_bfloat16_are_near_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +229,7 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path: Path, monkeypatch: p
 
         monkeypatch.setattr(FisherInformation, name, broken)
 
-    breaking("_gradient", (3,))  # forward is begun again
+    breaking("_gradient", (3,))  # the gradients of the losses are begun again
     breaking("_run_backward", (2, 4))  # goes on with the block that was due
     breaking("drop", (2,))  # while blocks are quantized
     for _ in range(4):

@@ -167,9 +167,7 @@ def test_other_recipes_can_be_tuned(tmp_path: Path, name: str) -> None:
 
 def test_a_damaged_divergence_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_tiny(tmp_path / "model", spread=0.5)
-    monkeypatch.setattr(
-        "fptq.quantize.walk.CalibrationWalk.float_output", lambda *_: torch.full((1, 32, 64), torch.nan)
-    )
+    monkeypatch.setattr("fptq.quantize.float_run.FloatRun.outputs", lambda *_: torch.full((1, 32, 64), torch.nan))
     with pytest.raises(QuantizationError, match="divergence"):
         quantize(str(model), tmp_path / "q", recipe(3), DATA, QUIET)
     assert not (tmp_path / "q").exists()

@@ -1,4 +1,4 @@
-"""The calibration activations on disk: the inputs of the current block, and the outputs that become the next one's.
+"""The calibration activations: batches of samples, and the files that hold what a block gives for the next one.
 
 Plain files, read and written by batches: mapped pages would count as this process's memory, and a killed run finds the
 inputs of the block it had reached.
@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from fptq.errors import OutputError
+from fptq.errors import OutputError, QuantizationError
+
+_BATCH_TOKENS = 2048
 
 _INTEGERS = {
     2: torch.int16,
@@ -58,3 +61,28 @@ class ActivationFile:
         """Wait until everything written is on the disk."""
         with self.path.open("r+b") as file:
             os.fsync(file.fileno())
+
+
+def cut_batches(tokens: np.ndarray) -> list[tuple[int, int]]:
+    """Return first sample and number of samples of each batch of tokens [samples, length]."""
+    samples, length = tokens.shape
+    step = max(1, _BATCH_TOKENS // length)
+    return [(i, min(step, samples - i)) for i in range(0, samples, step)]
+
+
+def one_of_each_size(batches: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return one batch of each number of samples: enough for a stepper to learn the blocks' arguments."""
+    return list({count: (start, count) for start, count in batches}.values())
+
+
+def require_finite(states: torch.Tensor, block: str, start: int, what: str = "its output", hint: str = "") -> None:
+    """Check what a block gives for samples from `start` on, [samples, length, hidden].
+
+    Raises:
+        QuantizationError: it has a NaN or an infinity; `hint` is what the message ends with.
+    """
+    if not bool(torch.isfinite(states).all()):
+        raise QuantizationError(
+            f"{block}: {what} has NaN or infinite values on calibration samples {start} to {start + len(states) - 1}; "
+            f"the model is damaged{hint}"
+        )

@@ -9,8 +9,8 @@ the model itself draws. Its direction goes into the outputs' matrix, the sum of 
 into the inputs': a token's weight is |g|. (The information itself has |g|² for it, but then few tokens would speak for
 all.) Rounding by both matrices is YAQA (arXiv 2505.22988).
 
-First the float model runs forward, and each block's inputs are kept; then backward, block by block. In memory is one
-block at a time. The matrix of a long output is cut into squares along its diagonal.
+The float model has run forward before, and its blocks' inputs were kept (`FloatRun`); here it is gone through backward,
+block by block. In memory is one block at a time. The matrix of a long output is cut into squares along its diagonal.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fptq.errors import OutputError, QuantizationError
+from fptq.errors import OutputError
 from fptq.models.loading import FloatModel
 from fptq.models.stepping import BlockStepper, products_in_bfloat16
 from fptq.progress import progress_bar
-from fptq.quantize.activations import ActivationFile
+from fptq.quantize.activations import ActivationFile, cut_batches, one_of_each_size, require_finite
+from fptq.quantize.float_run import FloatRun
 from fptq.quantize.gram import add_to_gram_, complete_gram_, rescale_gram
-from fptq.quantize.walk import cut_batches, one_of_each_size
 from fptq.shards import read_header, read_tensor, write_shard
 
 MOST_OUTPUTS = 2048
@@ -39,7 +39,7 @@ MOST_OUTPUTS = 2048
 
 _NOISE = 1e-6  # of the mean energy: what a gradient that should be 0 has, as that of the first token's query
 _TINY = torch.finfo(torch.float32).tiny
-_STATES, _GRADIENTS = torch.bfloat16, torch.float32  # what the files hold
+_GRADIENTS = torch.float32  # what the files hold
 
 
 class FisherInformation:
@@ -48,42 +48,42 @@ class FisherInformation:
     Args:
         source: the float model.
         tokens: int64 [samples, length], all of which are looked at.
+        float_run: of the model over these samples, which keeps their inputs; they are removed when they have served.
         folder: where files are; an interrupted computation goes on from them.
     """
 
-    def __init__(self, source: FloatModel, tokens: np.ndarray, folder: Path):
+    def __init__(self, source: FloatModel, tokens: np.ndarray, float_run: FloatRun, folder: Path):
         self._source = source
         self._tokens = torch.from_numpy(tokens)
+        self._float_run = float_run
         self._layers = [layer for group in source.groups for layer in group.layers]
         self._folder = folder
         self._stepper = BlockStepper(source, torch.float32)
         self._batches = cut_batches(tokens)
 
     def compute(self, *, progress: bool = True) -> None:
-        """Make the matrices of all blocks, from the last to the first one.
+        """Make the matrices of all blocks, from the last to the first one; the float run must be complete.
 
         Raises:
-            QuantizationError: the model's outputs or gradients have a NaN or an infinity.
+            QuantizationError: gradients have a NaN or an infinity.
             OutputError: a file can't be read or written.
         """
         blocks, batches, samples = len(self._source.blocks), len(self._batches), len(self._tokens)
         done = [index for index in range(blocks) if self._matrices(index).is_file()]
         due = min(done, default=blocks)
-        # backward a block runs forward again first: that is two passes, and sums as long as one; one was before, and
-        # in between the gradient of each sample's loss
-        total = 4 * blocks * batches + samples
-        initial = (blocks + 3 * (blocks - due)) * batches + samples if done else 0
+        # first the gradient of each sample's loss; then a block runs forward again, backward, and sums as long
+        total = samples + 3 * blocks * batches
+        initial = samples + 3 * (blocks - due) * batches if done else 0
         with progress_bar(total, initial=initial, what="sensitivities", show=progress) as bar:
+            with self._source.loaded_embeddings(torch.float32):  # the stepper learns the blocks' arguments
+                for start, count in one_of_each_size(self._batches):
+                    self._stepper.embed(self._tokens[start : start + count])
             if not done:
-                self._run_forward(bar)
-            else:
-                with self._source.loaded_embeddings(torch.float32):  # the stepper learns the blocks' arguments
-                    for start, count in one_of_each_size(self._batches):
-                        self._stepper.embed(self._tokens[start : start + count])
+                self._begin(bar)
             for index in reversed(range(due)):
                 self._run_backward(index, bar)
-                self._states(index + 1).path.unlink(missing_ok=True)
-        for file in (self._states(0), self._gradients(0), self._gradients(1)):
+                self._float_run.inputs(index).path.unlink(missing_ok=True)
+        for file in (self._gradients(0), self._gradients(1)):
             file.path.unlink(missing_ok=True)
 
     def output_grams(
@@ -133,37 +133,26 @@ class FisherInformation:
     def disk_bytes(self) -> int:
         """Return what the files take."""
         blocks, block = len(self._source.blocks), self._source.blocks[0]
-        states = self._tokens.numel() * self._source.config.hidden_size
+        gradients = 2 * _GRADIENTS.itemsize * self._tokens.numel() * self._source.config.hidden_size
         sides = [side for layer in self._layers for side in _sides(block.get_submodule(layer))]
-        files = (blocks + 1) * _STATES.itemsize + 2 * _GRADIENTS.itemsize
         matrices = sum(4 * side**2 for side in sides) + 4 * self._tokens.numel() * len(self._layers)
-        return states * files + blocks * matrices
+        return gradients + blocks * matrices
 
-    def _run_forward(self, bar: Any) -> None:
-        """Keep the inputs of all blocks, and the gradients of what the last one gives."""
-        with self._source.loaded_embeddings(torch.float32):
-            for start, count in self._batches:
-                states = self._stepper.embed(self._tokens[start : start + count])
-                self._states(0).write(start, states.to(_STATES))
-        for index in range(len(self._source.blocks)):
-            with self._source.loaded_block(index, torch.float32):
-                for start, count in self._batches:
-                    with products_in_bfloat16(True):
-                        states = self._stepper.run(index, self._states(index).read(start, count).float())
-                    self._check(states, index, start, count)
-                    self._states(index + 1).write(start, states.to(_STATES))
-                    bar.update()
+    def _begin(self, bar: Any) -> None:
+        """Make the gradients of what the last block gives."""
+        last = len(self._source.blocks) - 1
+        with self._source.loaded_block(last, torch.float32):  # the stepper learns what blocks give
+            self._stepper.run(last, self._float_run.inputs(last).read(*self._batches[0]).float())
+        gradients = self._gradients(last + 1)
         with self._source.loaded_outside(torch.float32):
             for sample in range(len(self._tokens)):
-                self._gradients(len(self._source.blocks)).write(sample, self._gradient(sample))
+                gradients.write(sample, self._gradient(sample))
                 bar.update()
-        for index in range(len(self._source.blocks) + 1):
-            self._states(index).flush()
-        self._gradients(len(self._source.blocks)).flush()
+        gradients.flush()
 
     def _gradient(self, sample: int) -> torch.Tensor:
         """Return the gradient, in the last block's outputs, of the loss of tokens drawn from what they predict."""
-        outputs = self._states(len(self._source.blocks)).read(sample, 1).float().requires_grad_()
+        outputs = self._float_run.outputs(sample).requires_grad_()
         generator = torch.Generator().manual_seed(sample)
         for piece in self._stepper.pieces(outputs.shape[1]):
             with torch.enable_grad():
@@ -179,12 +168,12 @@ class FisherInformation:
         """Make a block's matrices and energies, and the gradients of its inputs."""
         with self._source.loaded_block(index, torch.float32) as block, self._summing(block) as (sums, energies):
             for start, count in self._batches:
-                inputs = self._states(index).read(start, count).float().requires_grad_()
+                inputs = self._float_run.inputs(index).read(start, count).float().requires_grad_()
                 with torch.enable_grad(), products_in_bfloat16(True):
                     outputs = self._stepper.run_with_gradients(index, inputs, lambda keys, values: (keys, values))
                 outputs.float().backward(self._gradients(index + 1).read(start, count))
                 assert inputs.grad is not None
-                self._check(inputs.grad, index, start, count, what="the gradient of its input")
+                require_finite(inputs.grad, self._source.block_name(index), start, "the gradient of its input")
                 self._gradients(index).write(start, inputs.grad)
                 bar.update(3)
         self._gradients(index).flush()
@@ -228,22 +217,10 @@ class FisherInformation:
             for handle in handles:
                 handle.remove()
 
-    def _check(self, values: torch.Tensor, index: int, start: int, count: int, what: str = "its output") -> None:
-        if not bool(torch.isfinite(values).all()):
-            raise QuantizationError(
-                f"{self._source.block_name(index)}: {what} has NaN or infinite values on calibration "
-                f"samples {start} to {start + count - 1}; the model is damaged"
-            )
-
-    def _states(self, index: int) -> ActivationFile:
-        return self._file(f"fisher-states.{index}", _STATES)
-
     def _gradients(self, index: int) -> ActivationFile:
         """Return the file of the gradients of block `index`'s inputs."""
-        return self._file(f"fisher-gradients.{index % 2}", _GRADIENTS)
-
-    def _file(self, name: str, dtype: torch.dtype) -> ActivationFile:
-        return ActivationFile(self._folder / name, self._tokens.shape[1], self._source.config.hidden_size, dtype)
+        path = self._folder / f"fisher-gradients.{index % 2}"
+        return ActivationFile(path, self._tokens.shape[1], self._source.config.hidden_size, _GRADIENTS)
 
     def _matrices(self, index: int) -> Path:
         return self._folder / f"fisher-{index:05d}.safetensors"

@@ -20,6 +20,7 @@ DAMPING = 0.01
 _COLUMNS = 128  # that are rounded before the others are updated, all at once (section 3.3, step 2)
 _ROWS = 32  # that are rounded without making up for each other: as many as the native kernel takes at once
 _MOST_DAMPING = 100 * DAMPING
+_SMALL_TRIANGLE = 128  # half of one that is inverted as a whole
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,23 @@ def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
     diagonal = torch.diagonal(gram).clone()
     while damping <= _MOST_DAMPING:
         torch.diagonal(gram).copy_(diagonal + (damping * mean or 1.0))
-        factor, failed = torch.linalg.cholesky_ex(gram)
+        # from the last to the first, so that the factor's inverse is the one of the inverse
+        factor, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
         if not failed:
-            factor = torch.cholesky_inverse(factor)
-            factor, failed = torch.linalg.cholesky_ex(factor)
-            if not failed and bool(torch.isfinite(factor).all()):
-                return factor
+            _invert_triangle_(factor)
+            if bool(torch.isfinite(factor).all()):
+                return factor.T.flip(0, 1).contiguous()
         damping *= 10
     raise QuantizationError("a Gram matrix isn't positive definite; calibrate on more --samples")
+
+
+def _invert_triangle_(factor: torch.Tensor) -> None:
+    """Replace a lower triangular matrix by its inverse."""
+    half = len(factor) // 2
+    if half < _SMALL_TRIANGLE:
+        factor.copy_(torch.linalg.solve_triangular(factor, torch.eye(len(factor)), upper=False))
+        return
+    first, below, last = factor[:half, :half], factor[half:, :half], factor[half:, half:]
+    _invert_triangle_(first)
+    below.copy_(torch.linalg.solve_triangular(last, below @ first, upper=False)).neg_()
+    _invert_triangle_(last)

@@ -39,6 +39,7 @@ from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationData, CalibrationSpec, calibration_for
 from fptq.quantize.equalize import equalize_
 from fptq.quantize.fisher import FisherInformation
+from fptq.quantize.float_run import FloatRun
 from fptq.quantize.observe import BlockStatistics, Wanted
 from fptq.quantize.policy import BlockPlan, check_layers, decide, decide_head
 from fptq.quantize.qat import TrainingSpec, disk_bytes, train
@@ -165,14 +166,22 @@ class _Job:
         self.storage_dtype = source.storage_dtype() if auto else getattr(torch, options.storage_dtype)
         self.training = training_spec(recipe)
         self.workspace = Workspace(destination, self._identity(), overwrite=options.overwrite)
+        self._prepare(recording)
+
+    def _prepare(self, recording: Path | None = None) -> None:
+        """Make ready what runs the model over the calibration samples."""
         self.walk = self._calibration_walk(recording)
-        self.fisher = self._fisher_information()
+        tokens, steps, folder = self.data.tokens, self.recipe.tuning_steps, self.workspace.folder
+        tuned = samples_needed(len(tokens), steps) if steps else 0
+        sensed = tokens[: self.recipe.fisher_samples if self.recipe.needs_fisher else 0]
+        exact = held_out(len(tokens)) if steps else 0
+        self.float_run = FloatRun(self.source, tokens[: max(tuned, len(sensed))], folder, kept=len(sensed), exact=exact)
+        self.fisher = FisherInformation(self.source, sensed, self.float_run, folder) if len(sensed) else None
 
     def _calibration_walk(self, recording: Path | None) -> CalibrationWalk | Recording:
         dtype = getattr(torch, self.options.compute_dtype)
         wanted = Wanted.of([self.recipe], self.data.tokens.size)
         if recording is None:
-            samples, steps = len(self.data.tokens), self.recipe.tuning_steps
             return CalibrationWalk(
                 self.source,
                 self.data.tokens,
@@ -180,20 +189,12 @@ class _Job:
                 self.workspace.folder,
                 wanted,
                 propagates=self.recipe.propagate_error,
-                float_samples=samples_needed(samples, steps) if steps else 0,
-                exact_samples=held_out(samples),
             )
         if not self.recipe.can_be_recorded:
             raise QuantizationError(f"recipe {self.recipe.name} needs more than the float model's statistics")
         recorded = Recording(self.source, self.data.tokens, dtype, recording)
         recorded.require(wanted)
         return recorded
-
-    def _fisher_information(self) -> FisherInformation | None:
-        if not self.recipe.needs_fisher:
-            return None
-        tokens = self.data.tokens[: self.recipe.fisher_samples]
-        return FisherInformation(self.source, tokens, self.workspace.folder)
 
     def _identity(self) -> dict[str, Any]:
         """Return all that decides the result: going on with the parts of another job would mix two models."""
@@ -216,7 +217,7 @@ class _Job:
         with self.workspace.locked(), keeping_freed_memory():
             if self.workspace.is_done():
                 return self.workspace.destination
-            activations = self.walk.disk_bytes()
+            activations = self.walk.disk_bytes() + self.float_run.disk_bytes()
             hint = f"{activations / 1e9:.2f} GB of it calibration activations: fewer --samples need less"
             training = disk_bytes(self.source, self.training) if self.training else 0
             training += self.fisher.disk_bytes() if self.fisher else 0
@@ -229,11 +230,11 @@ class _Job:
                 folder = self.workspace.folder / "training"
                 trained = train(self.source, self.training, folder, progress=self.options.progress)
                 self.source = self.source.with_weights(trained)
-                self.walk = self._calibration_walk(None)
-                self.fisher = self._fisher_information()
+                self._prepare()
             reached = self.workspace.next_block()
             if reached is None:
                 self._write_outside(writer)
+                self.float_run.compute(progress=self.options.progress)
                 if self.fisher:
                     self.fisher.compute(progress=self.options.progress)
             self._walk_blocks(writer, reached)
@@ -246,8 +247,6 @@ class _Job:
         """Quantize all blocks from `reached` on; None if the walk hasn't begun."""
         blocks, batches = len(self.source.blocks), len(self.walk.batches)
         batches *= 2 if self.recipe.propagate_error else 1
-        if isinstance(self.walk, CalibrationWalk):
-            batches += len(self.walk.float_batches)
         then = ", tuning follows" if self.recipe.tuning_steps else ""  # which has a bar, and a time left, of its own
         with progress_bar(blocks * batches, initial=(reached or 0) * batches, show=self.options.progress) as bar:
             self.walk.begin(fresh=reached is None)
@@ -274,8 +273,6 @@ class _Job:
         groups = self.source.groups
         with self.source.loaded_block(index, self.walk.dtype) as block:
             statistics = self._observe(index, block, bar)
-            if isinstance(self.walk, CalibrationWalk) and self.walk.float_batches:
-                self.walk.run_float(index, bar.update)
             if self.walk.dtype is not torch.float32:
                 self.source.load(block, name, torch.float32)  # only the activations are computed in less
             plan = decide(groups, statistics, self.recipe, name, self.source.layer_weights(block))
@@ -379,7 +376,6 @@ class _Job:
 
     def _tune(self, writer: CheckpointWriter) -> None:
         """Let scales and norms of all blocks learn; a part of its own has what changed, and what came of it."""
-        assert isinstance(self.walk, CalibrationWalk)
         if writer.part(_TUNED, ".json").is_file():
             return
         parts = [writer.part(part) for part in self._block_parts]
@@ -387,7 +383,7 @@ class _Job:
             {name: plan for record in self._records(writer) for name, plan in record["layers"].items()}
         )
         state = self.workspace.folder / "tuning.safetensors"
-        tuner = Tuner(self.source, parts, schemes, self.data.tokens, self.walk.float_output, state)
+        tuner = Tuner(self.source, parts, schemes, self.data.tokens, self.float_run.outputs, state)
         tuning = tuner.tune(self.recipe.tuning_steps, progress=self.options.progress)
         writer.add_part(_TUNED, tuning.tensors)
         write_json(writer.part(_TUNED, ".json"), tuning.to_dict())

@@ -27,8 +27,9 @@ from fptq.errors import OutputError
 from fptq.models.loading import FloatModel, library_versions
 from fptq.models.stepping import BlockStepper
 from fptq.progress import progress_bar
+from fptq.quantize.activations import cut_batches
 from fptq.quantize.observe import BlockStatistics, Wanted
-from fptq.quantize.walk import CalibrationWalk, cut_batches
+from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import exclusive
 from fptq.shards import write_durably, write_json
 

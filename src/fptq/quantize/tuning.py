@@ -135,7 +135,7 @@ class Tuner:
         parts: for each block, the safetensors file of its tensors in the checkpoint.
         schemes: of the quantized layers, by full name.
         tokens: int64 [samples, length].
-        float_output: gives what the float model's last block gives for a sample, [1, length, hidden].
+        float_outputs: gives what the float model's last block gives for a sample, float32 [1, length, hidden].
         state: the file from which an interrupted tuning goes on.
     """
 
@@ -145,7 +145,7 @@ class Tuner:
         parts: Sequence[Path],
         schemes: Mapping[str, LayerScheme],
         tokens: np.ndarray,
-        float_output: Callable[[int], torch.Tensor],
+        float_outputs: Callable[[int], torch.Tensor],
         state: Path,
     ):
         self._source = source
@@ -153,7 +153,7 @@ class Tuner:
         self._schemes = schemes
         self._tokens = torch.from_numpy(tokens)
         self._weights = torch.from_numpy(token_weights(tokens))
-        self._float_output = float_output
+        self._float_outputs = float_outputs
         self._state = state
         self._stepper = BlockStepper(source, torch.float32)
         fused = [group.source for group in source.groups if isinstance(group.source, NormSource)]
@@ -241,7 +241,7 @@ class Tuner:
 
         If `outputs` asks for gradients, it and the norms outside the blocks get those of the weighted mean.
         """
-        targets, learns = self._float_output(sample).float(), outputs.requires_grad
+        targets, learns = self._float_outputs(sample), outputs.requires_grad
         total = 0.0
         for piece in self._stepper.pieces(targets.shape[1]):
             with self._norms_outside(tuned=False), products_in_bfloat16(learns):
