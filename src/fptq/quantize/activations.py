@@ -63,7 +63,7 @@ class ActivationFile:
             os.fsync(file.fileno())
 
 
-def cut_batches(tokens: np.ndarray) -> list[tuple[int, int]]:
+def cut_batches(tokens: np.ndarray | torch.Tensor) -> list[tuple[int, int]]:
     """Return first sample and number of samples of each batch of tokens [samples, length]."""
     samples, length = tokens.shape
     step = max(1, _BATCH_TOKENS // length)

@@ -15,6 +15,7 @@ one sample; and four numbers for each factor, of which there is one for a group 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from fptq.models.loading import FloatModel, fill_buffers
 from fptq.models.simulation import simulating, straight_through
 from fptq.models.stepping import BlockStepper, products_in_bfloat16
 from fptq.progress import progress_bar
+from fptq.quantize.activations import cut_batches
 from fptq.quantize.quantized import quantized
 from fptq.recipe import Activation
 from fptq.shards import read_header, read_tensor, write_shard
@@ -178,16 +180,16 @@ class Tuner:
             QuantizationError: the divergence isn't finite before anything was learned.
             OutputError: the state can't be read or written.
         """
-        kept_back = range(held_out(len(self._tokens)))
-        seen = range(len(kept_back), samples_needed(len(self._tokens), steps)) or kept_back
+        kept_back = held_out(len(self._tokens))
+        seen = range(kept_back, samples_needed(len(self._tokens), steps)) or range(kept_back)
         done, before = self._load_state()
-        total, initial = 2 * len(kept_back) + _PASSES_OF_A_STEP * steps, _PASSES_OF_A_STEP * done
+        total, initial = 2 * kept_back + _PASSES_OF_A_STEP * steps, _PASSES_OF_A_STEP * done
         with (
             self._source.loaded_outside(torch.float32),
             progress_bar(total, initial=initial, what="tuning", show=progress) as bar,
         ):
             if before is None:
-                before = self._mean_divergence(kept_back, bar)
+                before = self._divergence_held_out(bar)
             if not math.isfinite(before):
                 raise QuantizationError(f"the quantized model's divergence from the float model is {before}")
             for step in range(done, steps):
@@ -205,19 +207,21 @@ class Tuner:
                     self._save_state(step + 1, before)
                 bar.set_description(f"tuning {step + 1}/{steps}")
                 bar.update(_PASSES_OF_A_STEP)
-            after = self._mean_divergence(kept_back, bar)
+            after = self._divergence_held_out(bar)
         return Tuning(self._tensors() if after < before else {}, before, after)
 
-    def _mean_divergence(self, samples: range, bar: Any) -> float:
-        total = 0.0
-        for sample in samples:
-            total += self._divergence(self._forward(sample)[-1], sample)
-            bar.update()
-        return total / len(samples)
+    def _divergence_held_out(self, bar: Any) -> float:
+        """Return the mean divergence of the samples that aren't learned from."""
+        divergences = []
+        for start, count in cut_batches(self._tokens[: held_out(len(self._tokens))]):
+            (outputs,) = deque(self._run(start, count), maxlen=1)
+            divergences += [self._divergence(outputs[i : i + 1], start + i) for i in range(count)]
+            bar.update(count)
+        return sum(divergences) / len(divergences)
 
     def _learn(self, sample: int) -> bool:
         """Give every factor its gradient for a sample; return whether all of them are finite."""
-        states = self._forward(sample)
+        states = list(self._run(sample, 1))
         outputs = states.pop().requires_grad_()
         self._divergence(outputs, sample)
         for index in reversed(range(len(self._parts))):
@@ -228,13 +232,14 @@ class Tuner:
         gradients = [change.grad for change in self._changes.values() if change.grad is not None]
         return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
-    def _forward(self, sample: int) -> list[torch.Tensor]:
-        """Return each block's input, and what the last one gives, [1, length, hidden] each."""
-        states = [self._stepper.embed(self._tokens[sample : sample + 1])]
+    def _run(self, start: int, count: int) -> Iterator[torch.Tensor]:
+        """Yield each block's input for some samples, and what the last one gives, [count, length, hidden] each."""
+        states = self._stepper.embed(self._tokens[start : start + count])
+        yield states
         for index in range(len(self._parts)):
             with self._running(index) as run:
-                states.append(run(states[-1]))
-        return states
+                states = run(states)
+            yield states
 
     def _divergence(self, outputs: torch.Tensor, sample: int) -> float:
         """Return the mean KL(float ‖ quantized model) of a sample.
