@@ -91,16 +91,23 @@ def quantize(name: str, job: Job, environments: Path) -> str | None:
         return f"no environment {python}"
     if quantizer.starts_from and not Path(job.model).exists():
         return f"no {quantizer.starts_from}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if not (quantizer.resumes and is_started(job)):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps(asdict(job)) + "\n")
     command = [str(python), str(HERE / "peers" / "quantizers.py"), name, str(folder / "job.json")]
-    with (folder / "log.txt").open("w") as log:
+    with (folder / "log.txt").open("a") as log:
         done = subprocess.run(command, check=False, stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
         last = [line for line in (folder / "log.txt").read_text().splitlines() if line.strip()][-1:]
         return f"exit status {done.returncode} ({' '.join(last)}); see {folder / 'log.txt'}"
     return None
+
+
+def is_started(job: Job) -> bool:
+    """Return whether the job's folder is of the same job, be it with another number of threads."""
+    file = Path(job.folder) / "job.json"
+    return file.exists() and Job(**json.loads(file.read_text()) | {"threads": job.threads}) == job
 
 
 def check_settings(quantizer: Quantizer, job: Job, result: dict[str, Any]) -> None:
