@@ -52,6 +52,18 @@ def test_quantize_shows_progress_and_the_plan(model: Path, tmp_path: Path, capsy
         assert words in shown.out
 
 
+def test_keys_are_equalized_or_not_as_wanted(model: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", str(model), "--calibration", "random", "--length", "16", "--group-size", "32", "--quiet"]
+    for recipe, wanted in (("fptq", "--equalize-keys"), ("fptq-best-quick", "--no-equalize-keys")):
+        folder = tmp_path / recipe
+        assert main([*arguments, "-o", str(folder), "--samples", "4", "--recipe", recipe, wanted]) == 0
+        record = json.loads((folder / "fptq.json").read_text())
+        assert record["recipe"]["equalize_keys"] == (wanted == "--equalize-keys")
+        equalized = [c["key_range_after"] != c["key_range"] for c in record["cache"].values()]
+        assert len(equalized) > 0
+        assert set(equalized) == {wanted == "--equalize-keys"}
+
+
 def test_effort_chooses_recipe_and_samples(model: Path, tmp_path: Path) -> None:
     arguments = ["quantize", str(model), "--calibration", "random", "--length", "16", "--group-size", "32", "--quiet"]
     made = {}

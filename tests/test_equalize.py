@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from fptq import numerics
+from fptq.checkpoint import Checkpoint
 from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.equalize import awq_scale, key_scale, lae_scale, output_error, search_scale, smoothquant_scale
 from fptq.recipe import get_recipe
+from fptq.report.tables import checkpoint_summary
 from tiny import correlated_inputs, save_tiny, token_ids
 
 
@@ -99,17 +101,18 @@ def test_equalized_keys_survive_a_large_bias(tmp_path: Path) -> None:
     model = FloatModel.open(str(save_tiny(tmp_path / "source", "qwen2"))).load_all(torch.float32)
     for block in model.model.layers:
         bias = block.self_attn.k_proj.bias.detach()
-        bias[bias.numel() // 2 - 1] = 200.0  # a pair that turns slowly: it says nothing of where a key is
+        bias[bias.numel() // 2 - 1] = 400.0  # a pair that turns slowly: it says nothing of where a key is
     model.save_pretrained(tmp_path / "model")
     ids = token_ids()
-    calibration, errors = CalibrationSpec("random", samples=4, length=32), {}
+    calibration, errors, advice = CalibrationSpec("random", samples=4, length=32), {}, {}
     with torch.no_grad():
         wanted = model(ids).logits
         for keys in (False, True):
             recipe = get_recipe("rtn-w8a8", equalize_keys=keys)
-            quantized, _ = load(
-                quantize(str(tmp_path / "model"), tmp_path / str(keys), recipe, calibration, Options(progress=False))
-            )
+            folder = tmp_path / str(keys)
+            quantized, _ = load(quantize(str(tmp_path / "model"), folder, recipe, calibration, Options(progress=False)))
+            advice[keys] = "--equalize-keys" in checkpoint_summary(Checkpoint.open(folder))
             found = quantized(ids, past_key_values=new_cache(quantized)).logits
             errors[keys] = float((found - wanted).square().mean())
     assert errors[True] < 0.25 * errors[False]
+    assert advice == {False: True, True: False}

@@ -69,6 +69,8 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
         "scale for each row) halves that; an embedding that shares the head's weight becomes the same codes",
     }.items():
         add(f"--{name}", choices=CHOICES[name.replace("-", "_")], help=what)
+    keys = "divide each channel of the keys by its maximum, so that the int8 KV cache's one step suits all"
+    add("--equalize-keys", action=argparse.BooleanOptionalAction, help=keys)
     fisher = "with GPTQ: weigh errors by the gradients of so many calibration samples, which takes time (fptq: 0)"
     add("--fisher-samples", type=int, metavar="N", help=fisher)
     tuning = "let weight scales and norms learn the float model's predictions, one calibration sample a step (fptq: 0)"
@@ -107,6 +109,7 @@ _RECIPE_OPTIONS = (
     "activations",
     "rounding",
     "kv_cache",
+    "equalize_keys",
     "lm_head",
     "fisher_samples",
     "tuning_steps",

@@ -28,6 +28,8 @@ _SHORT = {
 }
 _EQUALIZED = "equalized "
 _SHOWN = ("v0", "v1", "alpha")  # also where they are as usual
+_UNEVEN_KEYS = 16
+"""More times the median channel's range, and int8 leaves that channel less than 8 steps each way, as int4 has."""
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -196,8 +198,22 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
             f"  calibrated on {calibration['source']}: {calibration['samples']} samples of {calibration['length']} "
             f"tokens, seed {calibration['seed']}, fingerprint {calibration['fingerprint'][:12]}",
             "  least signal-to-noise: " + ", ".join(f"{name} {layer['sqnr_db']:.1f} dB" for name, layer in worst),
+            *_advice_on_keys(checkpoint),
         ]
     )
+
+
+def _advice_on_keys(checkpoint: Checkpoint) -> list[str]:
+    """Return what to do about keys of which the int8 cache keeps little, as no layer's signal-to-noise tells."""
+    maxima = [array for name, array in checkpoint.statistics().items() if name.endswith(".key_channel_max")]
+    steps = [attention["key_range_after"] for attention in checkpoint.record["cache"].values()]
+    uneven = sum(largest > _UNEVEN_KEYS * np.median(of) for largest, of in zip(steps, maxima, strict=False))
+    if not uneven:
+        return []
+    return [
+        f"  in {uneven} of {len(steps)} blocks some channels of the keys are more than {_UNEVEN_KEYS} times as large "
+        "as most, and the KV cache's one step follows them: --equalize-keys or --kv-cache float saves the others"
+    ]
 
 
 def tuning_summary(tuning: dict[str, Any]) -> str:
