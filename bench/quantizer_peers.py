@@ -80,7 +80,7 @@ def quantize(name: str, job: Job, environments: Path) -> str | None:
     """Run a quantizer unless its result is there. Returns why there is none.
 
     Raises:
-        SystemExit: the result that is there comes from another number of samples or iterations.
+        SystemExit: the result that is there comes from other settings.
     """
     quantizer, folder = QUANTIZERS[name], Path(job.folder)
     if (folder / "result.json").exists():
@@ -107,17 +107,23 @@ def quantize(name: str, job: Job, environments: Path) -> str | None:
 def is_started(job: Job) -> bool:
     """Return whether the job's folder is of the same job, be it with another number of threads."""
     file = Path(job.folder) / "job.json"
-    return file.exists() and Job(**json.loads(file.read_text()) | {"threads": job.threads}) == job
+    return file.exists() and job_before(job) == job
+
+
+def job_before(job: Job) -> Job:
+    """Return the job that the job's folder is of, as if with as many threads."""
+    return Job(**json.loads((Path(job.folder) / "job.json").read_text()) | {"threads": job.threads})
 
 
 def check_settings(quantizer: Quantizer, job: Job, result: dict[str, Any]) -> None:
     """Refuse a result that was made with other settings."""
-    iterations = result["settings"].get("iters", job.iterations)
-    if (result["samples"], iterations) != (job.samples if quantizer.calibrated else 0, job.iterations):
-        raise SystemExit(
-            f"{job.folder}: has a result of {result['samples']} samples and {iterations} iterations, asked for are "
-            f"{job.samples} and {job.iterations}; move it away, or ask for the same"
-        )
+    asked, before = asdict(job), asdict(job_before(job))
+    relevant = ["group_sizes"]
+    relevant += ["samples"] if quantizer.calibrated else []
+    relevant += ["iterations", "device"] if "iters" in result["settings"] else []
+    other = [name for name in relevant if asked[name] != before[name]]
+    if other:
+        raise SystemExit(f"{job.folder}: has a result of other {', '.join(other)}; move it away, or ask for the same")
 
 
 def load_peer(folder: Path) -> ScoredModel:
@@ -231,6 +237,11 @@ def percent(estimate: Estimate) -> str:
     return f"{100 * estimate.value:+.2f}" + (f" ± {100 * error:.2f} %" if error is not None else " %")
 
 
+def seconds(result: dict[str, Any]) -> str:
+    """Return how long a quantizer took; of an interrupted one only the last run is known."""
+    return f"{result['seconds']:.0f}" + (" (last run)" if result["settings"].get("resumed") else "")
+
+
 def pairs(scores: dict[str, Scores], ours: dict[str, str], peers: dict[str, Path]) -> list[dict[str, Any]]:
     """Return each of ours beside the peers of the same method, or beside all peers if no peer has its method."""
     found = []
@@ -266,7 +277,7 @@ def markdown(
                 format_estimate(agreement),
             ]
         result = results.get(name)
-        cells += [str(result["samples"]), f"{result['seconds']:.0f}"] if result else ["", ""]
+        cells += [str(result["samples"]), seconds(result)] if result else ["", ""]
         lines.append(f"| {'float' if name == 'reference' else name} | " + " | ".join(cells) + " |")
     if compared:
         lines += ["", "| ours | peer | perplexity, ours to peer's | loss, nats a token |", "| --- |" + " --- |" * 3]

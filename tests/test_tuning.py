@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from fptq.models.loading import FloatModel, cache_argument
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.calibration import load_calibration
 from fptq.quantize.tuning import RECALL_WEIGHT, Tuner, held_out, samples_needed, token_weights
+from fptq.quantize.workspace import Workspace
 from fptq.recipe import Recipe, get_recipe
 from fptq.report.page import settings_table
 from fptq.report.subject import Subject
@@ -153,10 +155,42 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path: Path, monkeypatch: p
         assert file.read_bytes() == (resumed / file.name).read_bytes(), file.name
 
 
-def test_one_sample_is_enough(tmp_path: Path) -> None:
+def test_going_on_needs_no_room_for_what_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When tuning begins, Fisher information and the inputs it came from are no longer on the disk."""
     model = save_tiny(tmp_path / "model", spread=0.5)
-    folder = quantize(str(model), tmp_path / "q", recipe(30), CalibrationSpec("random", samples=1, length=32), QUIET)
-    assert Checkpoint.open(folder).record["tuning"]["kept"]
+    sensing = get_recipe("fptq-best", group_size=32, fisher_samples=8, tuning_steps=3)
+    needed: list[float] = []
+    monkeypatch.setattr(Workspace, "require_space", lambda _, size, __: needed.append(size))
+    with monkeypatch.context() as patch:
+        patch.setattr(Tuner, "_learn", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(model), tmp_path / "q", sensing, DATA, QUIET)
+    blocks = len(FloatModel.open(str(model)).blocks)
+    inputs = 8 * DATA.length * 64 * 2  # of a block, in bfloat16
+    quantize(str(model), tmp_path / "q", sensing, DATA, QUIET)
+    assert needed[1] < needed[0] - blocks * inputs
+
+
+def test_two_samples_are_enough_and_one_is_not(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", spread=0.5)
+    two, one = (CalibrationSpec("random", samples=samples, length=32) for samples in (2, 1))
+    folder = quantize(str(model), tmp_path / "q", recipe(30), two, QUIET)
+    assert Checkpoint.open(folder).record["tuning"]["kl_after"] > 0
+    with pytest.raises(QuantizationError, match="1 is too few"):
+        quantize(str(model), tmp_path / "other", recipe(30), one, QUIET)
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_codes_do_not_depend_on_tuning(tmp_path: Path) -> None:
+    """Fisher information comes from the float run that tuning's targets come from."""
+    model = save_tiny(tmp_path / "model", spread=0.5)
+    data = CalibrationSpec("random", samples=12, length=64)
+    made = []
+    for steps in (0, 1):
+        changed = get_recipe("fptq-best", group_size=32, fisher_samples=12, tuning_steps=steps)
+        made.append(Checkpoint.open(quantize(str(model), tmp_path / str(steps), changed, data, QUIET)))
+    for name in made[0].schemes:
+        np.testing.assert_array_equal(*(checkpoint.read_linear(name).codes for checkpoint in made), err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["fptq", "rtn-w8a8", "smoothquant-w4a8-group", "fptq-best-quick", "rptq"])

@@ -27,7 +27,8 @@ def add_quantize(commands: Any) -> None:
     recipes = "\n".join(f"  {name:<24}{preset.summary}" for name, preset in PRESETS.items())
     details = """
         It works in the memory of one decoder block (GPTQ, AWQ, and scales that are learned or searched
-        need some square matrices of its widths besides, and llm-qat the whole model). Give the same
+        need some square matrices of its widths besides; tuning, as of fptq-best, needs embedding and head
+        in float32 and 16 bytes for each group of weights; llm-qat needs the whole model). Give the same
         command again to go on after an interruption; the result is the same to the bit.
 
         recipes:
@@ -109,11 +110,13 @@ def _inspect(options: argparse.Namespace) -> None:
 def _inspect_model(options: argparse.Namespace) -> dict[str, Any]:
     require_torch()
     from fptq.quantize.preview import preview
-    from fptq.report.tables import plan_table, policy_table, range_table
+    from fptq.report.tables import advice_on_keys, plan_table, policy_table, range_table
 
-    layers, statistics = preview(options.model, recipe_of(options), calibration_of(options), options.compute_dtype)
+    recipe = recipe_of(options)
+    layers, statistics = preview(options.model, recipe, calibration_of(options), options.compute_dtype)
     tables = [] if options.summary else [plan_table(layers)]
-    print("\n\n".join([*tables, policy_table(layers), range_table(layers, statistics)]))
+    advice = advice_on_keys(statistics) if recipe.kv_cache == "int8" and not recipe.equalize_keys else []
+    print("\n\n".join([*tables, policy_table(layers), range_table(layers, statistics), *advice]))
     return layers
 
 

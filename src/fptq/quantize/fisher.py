@@ -130,13 +130,13 @@ class FisherInformation:
         """Remove what was made for a block."""
         self._matrices(index).unlink(missing_ok=True)
 
-    def disk_bytes(self) -> int:
-        """Return what the files take."""
-        blocks, block = len(self._source.blocks), self._source.blocks[0]
+    def disk_bytes(self, reached: int | None = None) -> int:
+        """Return what the files take at most, or what is left of them when the walk has come to block `reached`."""
+        blocks, block = len(self._source.blocks) - (reached or 0), self._source.blocks[0]
         gradients = 2 * _GRADIENTS.itemsize * self._tokens.numel() * self._source.config.hidden_size
         sides = [side for layer in self._layers for side in _sides(block.get_submodule(layer))]
         matrices = sum(4 * side**2 for side in sides) + 4 * self._tokens.numel() * len(self._layers)
-        return gradients + blocks * matrices
+        return blocks * matrices + (gradients if reached is None else 0)
 
     def _begin(self, bar: Any) -> None:
         """Make the gradients of what the last block gives."""

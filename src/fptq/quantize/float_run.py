@@ -82,11 +82,11 @@ class FloatRun:
         """Return what the last block gives for samples from `sample` on, float32 [count, length, hidden]."""
         return self._states(len(self._source.blocks)).read(sample, count)
 
-    def disk_bytes(self) -> int:
-        """Return what the files take."""
+    def disk_bytes(self, *, kept: bool = True) -> int:
+        """Return what the files take, with the inputs of all blocks that stay or without."""
         samples, length = self._tokens.shape
-        kept = self._kept * len(self._source.blocks) * _KEPT.itemsize
-        return (2 * samples * _STATES.itemsize + kept) * length * self._source.config.hidden_size
+        inputs = self._kept * len(self._source.blocks) * _KEPT.itemsize if kept else 0
+        return (2 * samples * _STATES.itemsize + inputs) * length * self._source.config.hidden_size
 
     def _write(self, index: int, start: int, states: torch.Tensor) -> None:
         """Store inputs of block `index`, or of none, if it is that after the last one."""

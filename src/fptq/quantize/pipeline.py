@@ -1,8 +1,8 @@
 """Quantizing a model, one decoder block after the other, in a way that survives being killed.
 
 For each block: observe → decide → equalize → round → measure → write. The float outputs are the next block's inputs,
-as in the paper. What a block leaves is on the disk before the journal says that the block is done. What is tuned, is
-tuned in the end, all blocks together.
+as in the paper, or those of the quantized block where the recipe says so. What a block leaves is on the disk before the
+journal says that the block is done. What is tuned, is tuned in the end, all blocks together.
 """
 
 from __future__ import annotations
@@ -166,6 +166,11 @@ class _Job:
         self.storage_dtype = source.storage_dtype() if auto else getattr(torch, options.storage_dtype)
         self.training = training_spec(recipe)
         self.workspace = Workspace(destination, self._identity(), overwrite=options.overwrite)
+        if recipe.tuning_steps and len(data.tokens) < 2:
+            raise QuantizationError(
+                f"recipe {recipe.name} tunes on calibration samples and holds one or more of them out: 1 is too few; "
+                "give more --samples, a longer text, or --tuning-steps 0"
+            )
         self._prepare(recording)
 
     def _prepare(self, recording: Path | None = None) -> None:
@@ -174,7 +179,7 @@ class _Job:
         tokens, steps, folder = self.data.tokens, self.recipe.tuning_steps, self.workspace.folder
         tuned = samples_needed(len(tokens), steps) if steps else 0
         sensed = tokens[: self.recipe.fisher_samples if self.recipe.needs_fisher else 0]
-        exact = held_out(len(tokens)) if steps else 0
+        exact = held_out(len(tokens))  # without tuning, too: codes shouldn't depend on whether scales learn afterwards
         self.float_run = FloatRun(self.source, tokens[: max(tuned, len(sensed))], folder, kept=len(sensed), exact=exact)
         self.fisher = FisherInformation(self.source, sensed, self.float_run, folder) if len(sensed) else None
 
@@ -217,14 +222,7 @@ class _Job:
         with self.workspace.locked(), keeping_freed_memory():
             if self.workspace.is_done():
                 return self.workspace.destination
-            activations = self.walk.disk_bytes() + self.float_run.disk_bytes()
-            hint = f"{activations / 1e9:.2f} GB of it calibration activations: fewer --samples need less"
-            training = disk_bytes(self.source, self.training) if self.training else 0
-            training += self.fisher.disk_bytes() if self.fisher else 0
-            copies = (
-                2.25 if self.recipe.tuning_steps else 2
-            )  # in parts, finished, and all scales seven times in float32
-            self.workspace.require_space(activations + training + copies * self._checkpoint_bytes(), hint)
+            self._require_space()
             writer = self.workspace.claim()
             if self.training:
                 folder = self.workspace.folder / "training"
@@ -243,6 +241,22 @@ class _Job:
             self.workspace.publish(self._finish(writer))
         return self.workspace.destination
 
+    def _require_space(self) -> None:
+        """Raise OutputError unless the disk has room for what there is at once, but for what is gone already."""
+        reached = self.workspace.next_block()
+        activations = self.walk.disk_bytes() + self.float_run.disk_bytes(kept=reached is None)
+        hint = f"{activations / 1e9:.2f} GB of it calibration activations: fewer --samples need less"
+        others: float = disk_bytes(self.source, self.training) if self.training else 0
+        if self.fisher:
+            gradients = self.fisher.disk_bytes(reached)
+            others += gradients
+            hint += f"; {gradients / 1e9:.2f} GB Fisher information: none with --fisher-samples 0"
+        weights, rest = self._weight_counts()
+        checkpoint = weights * (self.recipe.weight_bits / 8 + 2 / 32) + rest * self.storage_dtype.itemsize
+        if self.recipe.tuning_steps:
+            others += weights / (self.recipe.group_size or 128) * 7 * 4  # scales in float32, and the optimizer's state
+        self.workspace.require_space(activations + others + 2 * checkpoint, hint)  # which is in parts, and finished
+
     def _walk_blocks(self, writer: CheckpointWriter, reached: int | None) -> None:
         """Quantize all blocks from `reached` on; None if the walk hasn't begun."""
         blocks, batches = len(self.source.blocks), len(self.walk.batches)
@@ -257,15 +271,12 @@ class _Job:
                 self._quantize_block(index, writer, bar)
             bar.set_description(f"blocks done{then}" if then else "writing")
 
-    def _checkpoint_bytes(self) -> float:
-        """Return about what the checkpoint will take: codes and a 16-bit scale a group, the rest as it is stored."""
+    def _weight_counts(self) -> tuple[int, int]:
+        """Return how many numbers are in matrices of the blocks, and how many are not."""
         shapes = {name: self.source.tensors.shapes[file] for name, file in self.source.file_names.items()}
         inside = f"{self.source.architecture.blocks}."
         quantized = sum(math.prod(s) for name, s in shapes.items() if name.startswith(inside) and len(s) == 2)
-        everything = sum(math.prod(shape) for shape in shapes.values())
-        return (
-            quantized * (self.recipe.weight_bits / 8 + 2 / 32) + (everything - quantized) * self.storage_dtype.itemsize
-        )
+        return quantized, sum(math.prod(shape) for shape in shapes.values()) - quantized
 
     def _quantize_block(self, index: int, writer: CheckpointWriter, bar: Any) -> None:
         """Do everything that one block needs, and note it in the journal."""

@@ -1,4 +1,7 @@
-"""A block that computes as it will when it is quantized, to see what the next block's inputs will be."""
+"""A block whose linear layers compute as they will when quantized, to see what the next block's inputs will be.
+
+Keys and values stay floats here.
+"""
 
 from __future__ import annotations
 

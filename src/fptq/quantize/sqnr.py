@@ -29,8 +29,8 @@ def measure_sqnr(
 ) -> dict[str, dict[str, float]]:
     """Return, for each quantized layer, the output's signal-to-quantization-noise ratio in dB.
 
-    Every layer gets the float model's input, so the figures don't depend on each other: `sqnr_db` with weights and
-    activations quantized, `weight_sqnr_db` with the weights alone. 10·log10(Σy² / Σ(y - ŷ)²); 300 stands for no noise.
+    Every layer gets its input from the float block, so the figures don't depend on each other: `sqnr_db` with weights
+    and activations quantized, `weight_sqnr_db` with the weights alone. 10·log10(Σy² / Σ(y - ŷ)²); 300 is no noise.
 
     Args:
         block: the equalized float block.

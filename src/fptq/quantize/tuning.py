@@ -136,7 +136,7 @@ class Tuner:
         source: the float model.
         parts: for each block, the safetensors file of its tensors in the checkpoint.
         schemes: of the quantized layers, by full name.
-        tokens: int64 [samples, length].
+        tokens: int64 [samples, length], at least 2 samples.
         float_outputs: gives what the float model's last block gives for a sample, float32 [1, length, hidden].
         state: the file from which an interrupted tuning goes on.
     """
@@ -181,7 +181,7 @@ class Tuner:
             OutputError: the state can't be read or written.
         """
         kept_back = held_out(len(self._tokens))
-        seen = range(kept_back, samples_needed(len(self._tokens), steps)) or range(kept_back)
+        seen = range(kept_back, samples_needed(len(self._tokens), steps))
         done, before = self._load_state()
         total, initial = 2 * kept_back + _PASSES_OF_A_STEP * steps, _PASSES_OF_A_STEP * done
         with (

@@ -176,7 +176,9 @@ class Workspace:
             return None
 
     def next_block(self) -> int | None:
-        """Return the block that is due, or None if the walk hasn't begun."""
+        """Return the block that is due, or None if this job's walk hasn't begun."""
+        if self._started() != self._identity:
+            return None
         journal = self.folder / "journal.json"
         return int(json.loads(journal.read_text(encoding="utf-8"))["next_block"]) if journal.is_file() else None
 

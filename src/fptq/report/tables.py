@@ -198,20 +198,25 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
             f"  calibrated on {calibration['source']}: {calibration['samples']} samples of {calibration['length']} "
             f"tokens, seed {calibration['seed']}, fingerprint {calibration['fingerprint'][:12]}",
             "  least signal-to-noise: " + ", ".join(f"{name} {layer['sqnr_db']:.1f} dB" for name, layer in worst),
-            *_advice_on_keys(checkpoint),
+            *advice_on_keys(checkpoint.statistics(), [cache["key_range_after"] for cache in record["cache"].values()]),
         ]
     )
 
 
-def _advice_on_keys(checkpoint: Checkpoint) -> list[str]:
-    """Return what to do about keys of which the int8 cache keeps little, as no layer's signal-to-noise tells."""
-    maxima = [array for name, array in checkpoint.statistics().items() if name.endswith(".key_channel_max")]
-    steps = [attention["key_range_after"] for attention in checkpoint.record["cache"].values()]
-    uneven = sum(largest > _UNEVEN_KEYS * np.median(of) for largest, of in zip(steps, maxima, strict=False))
+def advice_on_keys(statistics: dict[str, np.ndarray], ranges: Iterable[float] | None = None) -> list[str]:
+    """Return what to do about keys of which an int8 cache keeps little, as no layer's signal-to-noise tells.
+
+    Args:
+        statistics: `<block>.key_channel_max`, max|K| of each channel before equalization.
+        ranges: what the cache of each block covers; by default the largest channel, as without equalization.
+    """
+    maxima = [array for name, array in statistics.items() if name.endswith(".key_channel_max")]
+    covered = [array.max() for array in maxima] if ranges is None else ranges
+    uneven = sum(largest > _UNEVEN_KEYS * np.median(of) for largest, of in zip(covered, maxima, strict=False))
     if not uneven:
         return []
     return [
-        f"  in {uneven} of {len(steps)} blocks some channels of the keys are more than {_UNEVEN_KEYS} times as large "
+        f"  in {uneven} of {len(maxima)} blocks some channels of the keys are more than {_UNEVEN_KEYS} times as large "
         "as most, and the KV cache's one step follows them: --equalize-keys or --kv-cache float saves the others"
     ]
 
