@@ -64,7 +64,7 @@ def draw(points: dict[str, tuple[float, Estimate]], title: str, file: Path) -> N
     minutes = [seconds / 60 for seconds, _ in points.values()]
     axes.set_xticks(minutes, [f"{value:.2g}" for value in minutes])
     axes.minorticks_off()
-    axes.margins(x=0.2)
+    axes.margins(x=0.3)
     axes.axhline(0, color="grey", linewidth=1)
     axes.grid(alpha=0.3)
     axes.legend()
