@@ -29,7 +29,7 @@ _SHORT = {
 _EQUALIZED = "equalized "
 _SHOWN = ("v0", "v1", "alpha")  # also where they are as usual
 _UNEVEN_KEYS = 16
-"""More times the median channel's range, and int8 leaves that channel less than 8 steps each way, as int4 has."""
+"""More times the median channel's range, and int8 leaves that channel fewer than 8 steps each way, as int4 has."""
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -186,6 +186,7 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     sizes = Counter(layer["group_size"] for layer in inside.values())
     groups = ", ".join(f"{size} in {count} layers" for size, count in sorted(sizes.items()))
     tuned = [f"  {tuning_summary(record['tuning'])}"] if record.get("tuning") else []
+    ranges = [cache["key_range_after"] for cache in record["cache"].values()]
     simulated = ["  no engine runs this method: it is simulated in float"] if checkpoint.simulated else []
     return "\n".join(
         [
@@ -198,7 +199,7 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
             f"  calibrated on {calibration['source']}: {calibration['samples']} samples of {calibration['length']} "
             f"tokens, seed {calibration['seed']}, fingerprint {calibration['fingerprint'][:12]}",
             "  least signal-to-noise: " + ", ".join(f"{name} {layer['sqnr_db']:.1f} dB" for name, layer in worst),
-            *advice_on_keys(checkpoint.statistics(), [cache["key_range_after"] for cache in record["cache"].values()]),
+            *(f"  {line}" for line in advice_on_keys(checkpoint.statistics(), ranges)),
         ]
     )
 
@@ -216,7 +217,7 @@ def advice_on_keys(statistics: dict[str, np.ndarray], ranges: Iterable[float] | 
     if not uneven:
         return []
     return [
-        f"  in {uneven} of {len(maxima)} blocks some channels of the keys are more than {_UNEVEN_KEYS} times as large "
+        f"in {uneven} of {len(maxima)} blocks some channels of the keys are more than {_UNEVEN_KEYS} times as large "
         "as most, and the KV cache's one step follows them: --equalize-keys or --kv-cache float saves the others"
     ]
 
