@@ -227,6 +227,11 @@ class Recipe:
         return self.rounding == "gptq" or self.clipping != "none" or self.equalization in ("awq", "search")
 
     @property
+    def equalizes_keys(self) -> bool:
+        """Whether the channels of the keys are equalized: only an int8 cache has a step that they share."""
+        return self.equalize_keys and self.kv_cache == "int8"
+
+    @property
     def needs_fisher(self) -> bool:
         """Whether the method weighs errors by the Fisher information of layers' outputs."""
         return self.rounding == "gptq" and self.fisher_samples > 0

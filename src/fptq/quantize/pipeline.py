@@ -7,33 +7,20 @@ journal says that the block is done. What is tuned, is tuned in the end, all blo
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import torch
 from torch import nn
 
 import fptq
-from fptq.checkpoint import (
-    FORMAT_VERSION,
-    STATISTICS_FILE,
-    CheckpointWriter,
-    LayerScheme,
-    QuantizedLinear,
-    cache_tensors,
-    linear_tensors,
-    quantization_config,
-)
+from fptq.checkpoint import QuantizedLinear
 from fptq.errors import QuantizationError
 from fptq.memory import keeping_freed_memory
-from fptq.models.architectures import attention_name
 from fptq.models.loading import FloatModel, head_layers, library_versions
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationData, CalibrationSpec, calibration_for
@@ -41,19 +28,17 @@ from fptq.quantize.equalize import equalize_
 from fptq.quantize.fisher import FisherInformation
 from fptq.quantize.float_run import FloatRun
 from fptq.quantize.observe import BlockStatistics, Wanted
-from fptq.quantize.policy import BlockPlan, check_layers, decide, decide_head
+from fptq.quantize.parts import Parts
+from fptq.quantize.policy import check_layers, decide, decide_head
 from fptq.quantize.qat import TrainingSpec, disk_bytes, train
 from fptq.quantize.quantized import quantized
 from fptq.quantize.recording import Recording
-from fptq.quantize.rounding import cache_scales, round_head, round_weights
+from fptq.quantize.rounding import round_weights
 from fptq.quantize.sqnr import measure_sqnr
 from fptq.quantize.tuning import Tuner, held_out, samples_needed
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import Workspace, refuse_foreign
-from fptq.recipe import PER_CHANNEL, PRESETS, Activation, Recipe, get_recipe
-from fptq.shards import write_durably, write_json
-
-_TUNED = "tuned"  # the part with what tuning has changed
+from fptq.recipe import PER_CHANNEL, PRESETS, Recipe, get_recipe
 
 
 @dataclass(frozen=True)
@@ -229,16 +214,17 @@ class _Job:
                 trained = train(self.source, self.training, folder, progress=self.options.progress)
                 self.source = self.source.with_weights(trained)
                 self._prepare()
+            parts = Parts(writer, self.source, self.recipe, self.head, self.storage_dtype)
             reached = self.workspace.next_block()
             if reached is None:
-                self._write_outside(writer)
+                parts.write_outside()  # first of all: a damaged tensor shows before hours of work
                 self.float_run.compute(progress=self.options.progress)
                 if self.fisher:
                     self.fisher.compute(progress=self.options.progress)
-            self._walk_blocks(writer, reached)
-            if self.recipe.tuning_steps:
-                self._tune(writer)
-            self.workspace.publish(self._finish(writer))
+            self._walk_blocks(parts, reached)
+            if self.recipe.tuning_steps and not parts.is_tuned:
+                self._tune(parts)
+            self.workspace.publish(parts.assemble(self.data.describe(), self.workspace.digest))
         return self.workspace.destination
 
     def _require_space(self) -> None:
@@ -257,7 +243,7 @@ class _Job:
             others += weights / (self.recipe.group_size or 128) * 7 * 4  # scales in float32, and the optimizer's state
         self.workspace.require_space(activations + others + 2 * checkpoint, hint)  # which is in parts, and finished
 
-    def _walk_blocks(self, writer: CheckpointWriter, reached: int | None) -> None:
+    def _walk_blocks(self, parts: Parts, reached: int | None) -> None:
         """Quantize all blocks from `reached` on; None if the walk hasn't begun."""
         blocks, batches = len(self.source.blocks), len(self.walk.batches)
         batches *= 2 if self.recipe.propagate_error else 1
@@ -268,7 +254,7 @@ class _Job:
                 self.workspace.note(0)
             for index in range(reached or 0, blocks):
                 bar.set_description(f"block {index + 1}/{blocks}{then}")
-                self._quantize_block(index, writer, bar)
+                self._quantize_block(index, parts, bar)
             bar.set_description(f"blocks done{then}" if then else "writing")
 
     def _weight_counts(self) -> tuple[int, int]:
@@ -278,7 +264,7 @@ class _Job:
         quantized = sum(math.prod(s) for name, s in shapes.items() if name.startswith(inside) and len(s) == 2)
         return quantized, sum(math.prod(shape) for shape in shapes.values()) - quantized
 
-    def _quantize_block(self, index: int, writer: CheckpointWriter, bar: Any) -> None:
+    def _quantize_block(self, index: int, parts: Parts, bar: Any) -> None:
         """Do everything that one block needs, and note it in the journal."""
         name = self.source.block_name(index)
         groups = self.source.groups
@@ -287,43 +273,13 @@ class _Job:
             if self.walk.dtype is not torch.float32:
                 self.source.load(block, name, torch.float32)  # only the activations are computed in less
             plan = decide(groups, statistics, self.recipe, name, self.source.layer_weights(block))
-            equalized = equalize_(block, groups, plan.scales, statistics, keys=self._equalizes_keys)
-            ranges = equalized.ranges
+            equalized = equalize_(block, groups, plan.scales, statistics, keys=self.recipe.equalizes_keys)
             output_grams = self.fisher.output_grams(index, equalized.divisors) if self.fisher else None
             linears = round_weights(block, groups, plan, statistics, self.recipe, output_grams)
             sqnr = measure_sqnr(block, linears, lambda: self.walk.run_first_batch(index))
-
-            tensors = self._float_tensors(block, name, plan)
-            for layer, linear in linears.items():
-                tensors |= linear_tensors(f"{name}.{layer}", linear)
-            attention = f"{name}.{attention_name(groups)}"
-            cache: dict[str, Any] = {}
-            if self.recipe.kv_cache == "int8":
-                scales = cache_scales(ranges)
-                tensors |= cache_tensors(attention, scales)
-                cache = {
-                    "key_range": float(statistics.key_channel_max.max()),
-                    "key_range_after": ranges.key,
-                    "value_range": float(statistics.value_channel_max.max()),
-                    "value_range_after": ranges.value,
-                    "k_scale": scales.key,
-                    "v_scale": scales.value,
-                }
+            parts.write_block(index, block, plan, statistics, equalized.ranges, linears, sqnr)
             if self.recipe.propagate_error:
                 self._propagate(index, block, linears, bar)
-            layers = {
-                f"{name}.{layer}": {
-                    **plan.layers[layer].to_dict(),
-                    "shape": list(linear.codes.shape),
-                    "input_scale": linear.input_scale,
-                    **sqnr[layer],
-                }
-                for layer, linear in linears.items()
-            }
-        writer.add_part(f"block-{index:05d}", tensors)
-        write_json(writer.part(f"block-{index:05d}", ".json"), {"layers": layers, "cache": {attention: cache}})
-        arrays = statistics.kept_arrays(name, plan.scales)
-        write_durably(writer.part(f"block-{index:05d}", ".npz"), _npz_writer(arrays))
         self.workspace.note(index + 1)
         if self.fisher:
             self.fisher.drop(index)
@@ -335,10 +291,6 @@ class _Job:
         assert isinstance(self.walk, CalibrationWalk)
         return self.walk.observe(index, block, bar.update, self.fisher.token_weights(index, self.data.tokens.size))
 
-    @property
-    def _equalizes_keys(self) -> bool:
-        return self.recipe.equalize_keys and self.recipe.kv_cache == "int8"
-
     def _propagate(self, index: int, block: nn.Module, linears: dict[str, QuantizedLinear], bar: Any) -> None:
         """Make what the quantized block gives the next one's inputs."""
         assert isinstance(self.walk, CalibrationWalk)
@@ -349,136 +301,8 @@ class _Job:
         with quantized(block, linears):
             self.walk.propagate(index, bar.update)
 
-    def _float_tensors(self, block: nn.Module, name: str, plan: BlockPlan) -> dict[str, np.ndarray]:
-        """Return the block's tensors that stay in float: norms, biases, skipped layers.
-
-        What equalization changed outside of a matrix is kept in float32, so that storing it undoes nothing.
-        """
-        changed = {layer.equalized_by for layer in plan.layers.values()}
-        if self._equalizes_keys:
-            sources = [group.keys for group in self.source.groups if group.keys]
-            changed |= {part.name for source in sources for part in (source.keys, source.queries)}
-        tensors = {}
-        for key, tensor in block.state_dict().items():
-            owner = key.rpartition(".")[0]
-            if owner in plan.layers and key.endswith(".weight"):
-                continue
-            exact = owner in changed and tensor.ndim == 1
-            full = f"{name}.{key}"
-            tensors[full] = _stored(full, tensor, torch.float32 if exact else self.storage_dtype)
-        return tensors
-
-    def _write_outside(self, writer: CheckpointWriter) -> None:
-        """Store embeddings, last norm and head, first of all: a damaged one shows before hours of work."""
-        for part, name in self._outside_parts().items():
-            tensor = self.source.read(name)
-            int8 = name in {f"{layer}.weight" for layer in self.head}
-            writer.add_part(part, self._head(tensor) if int8 else {name: _stored(name, tensor, self.storage_dtype)})
-
-    def _head(self, weight: torch.Tensor) -> dict[str, np.ndarray]:
-        """Return the tensors of the int8 head: codes once, under the embedding's name if tied, scales for each name."""
-        owner = next(iter(self.head))
-        linear = round_head(owner, weight, Activation(self.head[owner]["activation"]))
-        tensors = linear_tensors(owner, linear)
-        return tensors | {f"{layer}.weight_scale": tensors[f"{owner}.weight_scale"] for layer in self.head}
-
-    def _outside_parts(self) -> dict[str, str]:
-        return {f"outside-{number:05d}": name for number, name in enumerate(self.source.names_outside_blocks())}
-
-    def _tune(self, writer: CheckpointWriter) -> None:
-        """Let scales and norms of all blocks learn; a part of its own has what changed, and what came of it."""
-        if writer.part(_TUNED, ".json").is_file():
-            return
-        parts = [writer.part(part) for part in self._block_parts]
-        schemes = self._schemes(
-            {name: plan for record in self._records(writer) for name, plan in record["layers"].items()}
-        )
+    def _tune(self, parts: Parts) -> None:
+        """Let scales and norms of all blocks learn."""
         state = self.workspace.folder / "tuning.safetensors"
-        tuner = Tuner(self.source, parts, schemes, self.data.tokens, self.float_run.outputs, state)
-        tuning = tuner.tune(self.recipe.tuning_steps, progress=self.options.progress)
-        writer.add_part(_TUNED, tuning.tensors)
-        write_json(writer.part(_TUNED, ".json"), tuning.to_dict())
-
-    @property
-    def _block_parts(self) -> list[str]:
-        return [f"block-{index:05d}" for index in range(len(self.source.blocks))]
-
-    def _records(self, writer: CheckpointWriter) -> list[dict[str, Any]]:
-        """Return what was noted of each block."""
-        return [json.loads(writer.part(part, ".json").read_text(encoding="utf-8")) for part in self._block_parts]
-
-    def _finish(self, writer: CheckpointWriter) -> Path:
-        source, blocks, records = self.source, self._block_parts, self._records(writer)
-        layers = {name: layer for record in records for name, layer in record["layers"].items()}
-        for name, plan in self.head.items():
-            layers[name] = {
-                **plan,
-                "shape": list(source.model.get_submodule(name).weight.shape),
-                **dict.fromkeys(("input_scale", "sqnr_db", "weight_sqnr_db")),
-            }
-        cache = {name: c for record in records for name, c in record["cache"].items() if c}
-
-        arrays: dict[str, np.ndarray] = {}
-        for part in blocks:
-            with np.load(writer.part(part, ".npz")) as stored:
-                arrays |= dict(stored)
-        write_durably(writer.final / STATISTICS_FILE, _npz_writer(arrays))
-        source.save_companions(writer.final)
-        tuned = bool(self.recipe.tuning_steps)
-        config = {
-            **source.architecture.completed(source.config),
-            **{key: value for key, value in source.config_dict().items() if key not in ("torch_dtype", "auto_map")},
-            "dtype": str(self.storage_dtype).removeprefix("torch."),
-            "quantization_config": self._quantization_config(layers),
-        }
-        record = {
-            "format_version": FORMAT_VERSION,
-            "fptq_version": fptq.__version__,
-            "model": {"name": source.name, "model_type": source.config.model_type},
-            "recipe": self.recipe.to_dict(),
-            "calibration": self.data.describe(),
-            "layers": layers,
-            "cache": cache,
-            "tuning": json.loads(writer.part(_TUNED, ".json").read_text(encoding="utf-8")) if tuned else {},
-            "job": self.workspace.digest,
-        }
-        return writer.finish([*self._outside_parts(), *blocks], config, record, replacements=_TUNED if tuned else None)
-
-    def _schemes(self, layers: dict[str, Any]) -> dict[str, LayerScheme]:
-        return {
-            name: LayerScheme(
-                None if plan["weight_bits"] == 8 or self.recipe.group_size == PER_CHANNEL else plan["group_size"],
-                Activation(plan["activation"]),
-                plan["weight_bits"],
-                0 if name in self.head else self.recipe.low_rank,
-            )
-            for name, plan in layers.items()
-        }
-
-    def _quantization_config(self, layers: dict[str, Any]) -> dict[str, Any]:
-        named = self.source.model.named_modules()
-        linear = {name for name, module in named if isinstance(module, nn.Linear)}
-        return quantization_config(
-            self._schemes(layers),
-            blocks=self.source.architecture.blocks,
-            block_count=len(self.source.blocks),
-            int8_cache=self.recipe.kv_cache == "int8",
-            ignore=sorted(linear - set(layers)),
-        )
-
-
-def _npz_writer(arrays: dict[str, np.ndarray]) -> Callable[[Any], None]:
-    named: dict[str, Any] = arrays
-    return lambda file: np.savez_compressed(file, **named)
-
-
-def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
-    """Return a tensor as it will stand in the file.
-
-    Raises:
-        QuantizationError: it has values that `dtype` can't hold.
-    """
-    tensor = tensor.to(dtype).contiguous()
-    if not bool(torch.isfinite(tensor).all()):
-        raise QuantizationError(f"{name}: has values that {dtype} can't hold; use --dtype bfloat16 or float32")
-    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if dtype is torch.bfloat16 else tensor.numpy()
+        tuner = Tuner(self.source, parts.block_files, parts.schemes(), self.data.tokens, self.float_run.outputs, state)
+        parts.write_tuned(tuner.tune(self.recipe.tuning_steps, progress=self.options.progress))
