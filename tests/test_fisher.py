@@ -18,7 +18,7 @@ from fptq.checkpoint import Checkpoint
 from fptq.errors import QuantizationError
 from fptq.models.architectures import InputGroup
 from fptq.models.loading import FloatModel
-from fptq.quantize import CalibrationSpec, Options, quantize
+from fptq.quantize import CalibrationSpec, quantize
 from fptq.quantize.calibration import load_calibration
 from fptq.quantize.equalize import equalize_
 from fptq.quantize.fisher import FisherInformation
@@ -27,10 +27,10 @@ from fptq.quantize.gptq import Compensation, round_gptq
 from fptq.quantize.observe import Wanted, observing
 from fptq.quantize.policy import decide
 from fptq.recipe import Recipe, Role, get_recipe
+from quantizing import QUIET
 from tiny import VARIANTS, correlated_inputs, save_tiny, token_ids
 
 DATA = CalibrationSpec("random", samples=6, length=24)
-QUIET = Options(progress=False)
 
 
 def recipe(**changes: Any) -> Recipe:

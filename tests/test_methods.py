@@ -23,10 +23,10 @@ from fptq.quantize.observe import BlockStatistics, Wanted, observing
 from fptq.quantize.pipeline import record
 from fptq.quantize.rounding import _low_rank
 from fptq.recipe import PRESETS, Activation, Recipe, Role, get_recipe
+from quantizing import QUIET
 from tiny import correlated_inputs, save_tiny, token_ids
 
 RANDOM = CalibrationSpec("random", samples=4, length=32)
-QUIET = Options(progress=False)
 
 
 def make(folder: Path, recipe: Recipe, out: Path) -> Checkpoint:

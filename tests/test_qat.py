@@ -17,15 +17,12 @@ from fptq.models.loading import FloatModel, head_layers
 from fptq.quantize import CalibrationSpec, Options, qat, quantize
 from fptq.quantize.qat import TrainingSpec
 from fptq.recipe import Activation, Recipe, Role
+from quantizing import KilledError
 from tiny import save_tiny, token_ids
 from tokens import SPECIAL, save_tokenizer
 
 SPEC = TrainingSpec(steps=5, batch=3, length=16, learning_rate=1e-3, group_size=32)
 GENERATOR = torch.Generator().manual_seed(3)
-
-
-class KilledError(BaseException):
-    """Ends a run as abruptly as a signal would, as far as Python code can see."""
 
 
 @pytest.fixture(scope="module")

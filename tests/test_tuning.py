@@ -18,7 +18,7 @@ from fptq.checkpoint import Checkpoint
 from fptq.errors import QuantizationError
 from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel, cache_argument
-from fptq.quantize import CalibrationSpec, Options, quantize
+from fptq.quantize import CalibrationSpec, quantize
 from fptq.quantize.calibration import load_calibration
 from fptq.quantize.tuning import RECALL_WEIGHT, Tuner, held_out, samples_needed, token_weights
 from fptq.quantize.workspace import Workspace
@@ -26,10 +26,10 @@ from fptq.recipe import Recipe, get_recipe
 from fptq.report.page import settings_table
 from fptq.report.subject import Subject
 from fptq.report.tables import checkpoint_summary
+from quantizing import QUIET
 from tiny import VARIANTS, save_tiny
 
 DATA = CalibrationSpec("random", samples=20, length=32)
-QUIET = Options(progress=False)
 
 
 def recipe(steps: int, name: str = "fptq-best", **changes: Any) -> Recipe:

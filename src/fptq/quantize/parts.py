@@ -1,6 +1,6 @@
 """What a job has on the disk, part by part, and the checkpoint that the parts become.
 
-There is a part for each tensor outside the decoder blocks, for each block, and for what tuning changed. Beside a block's
+There is a part for each tensor outside the decoder blocks, for each block, and for what tuning changed. With a block's
 tensors lie what was decided and measured, and its statistics: putting all together needs no other computing.
 """
 
