@@ -1,5 +1,5 @@
 // Every target of this build against plain loops, for builds that Python can't load: sanitizers, other architectures.
-// tests/test_kernels.py tests the same kernels further; this list is short. Prints one line a target, exits with 1 on a
+// tests/test_*kernels.py test the same kernels further; this list is short. Prints one line a target, exits with 1 on a
 // fault. `kernel_tests NAME…` fails unless these targets could run.
 #include <algorithm>
 #include <atomic>
@@ -157,7 +157,7 @@ void test_pack_words(Workspace& workspace, int64_t n, int64_t k, int64_t size) {
   require(std::equal(wanted.begin(), wanted.end(), packed.data), "pack_words" + sizes(0, n, k));
 }
 
-// The bounds of tests/test_kernels.py, which derives them.
+// The bounds of tests/test_float_kernels.py, which derives them.
 void test_activate(const Kernels& kernels, int64_t k) {
   std::vector<float> up(k);
   Shifted<float> x(k, 1), y(k, 1);
