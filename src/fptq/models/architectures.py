@@ -103,9 +103,10 @@ def _rows_of_heads(heads: int, head_dim: int, start_of_head: Callable[[int], int
     return np.concatenate([start_of_head(h) + np.arange(head_dim) for h in range(heads)])
 
 
-def _rotary_pairs(config: Any, head_dim: int, *, interleaved: bool = False) -> np.ndarray:
+def _rotary_pairs(config: Any, head_dim: int, *, partial: bool = False, interleaved: bool = False) -> np.ndarray:
     """Return a number for each channel of a head, the same for two that a rotary embedding turns into each other."""
-    rotary = getattr(config, "rope_parameters", None) or {}
+    # transformers keeps an entry partial_rotary_factor of every config, and most models ignore it
+    rotary = (getattr(config, "rope_parameters", None) or {}) if partial else {}
     dims = int(head_dim * rotary.get("partial_rotary_factor", 1.0))
     channels = np.arange(head_dim)
     return np.where(channels < dims, channels // 2 if interleaved else channels % (dims // 2), channels)
@@ -145,6 +146,7 @@ def _gated(
     fused_qkv: bool = False,
     fused_gate_up: bool = False,
     head_norms: bool = False,
+    partial: bool = False,
     interleaved: bool = False,
 ) -> list[InputGroup]:
     """Llama and its kin: RMSNorm → q, k, v; attention → o; RMSNorm → gate, up; act(gate)·up → down."""
@@ -156,7 +158,7 @@ def _gated(
         query = key = value = "self_attn.qkv_proj"
         first_key_row, first_value_row = heads * head_dim, (heads + kv_heads) * head_dim
     values = _rows_of_heads(heads, head_dim, lambda h: first_value_row + (h // group) * head_dim)
-    pairs = _rotary_pairs(config, head_dim, interleaved=interleaved)
+    pairs = _rotary_pairs(config, head_dim, partial=partial, interleaved=interleaved)
     if head_norms:
         key_norm, query_norm = (NormSource(f"self_attn.{kind}_norm", plus_one) for kind in "kq")
         keys = KeySource(key_norm, query_norm, np.tile(pairs, (kv_heads, 1)))
@@ -233,7 +235,7 @@ def _opt(config: Any) -> list[InputGroup]:
 def _gpt_neox(config: Any) -> list[InputGroup]:
     heads, _, head_dim = _heads(config)
     attention, mlp = "attention.query_key_value", "mlp.dense_h_to_4h"
-    keys, values = _heads_in_turn(attention, heads, _rotary_pairs(config, head_dim))
+    keys, values = _heads_in_turn(attention, heads, _rotary_pairs(config, head_dim, partial=True))
     return [
         InputGroup(Role.QKV, (attention,), NormSource("input_layernorm"), keys=keys),
         InputGroup(Role.DENSE, ("attention.dense",), RowsSource(attention, values)),
@@ -297,11 +299,11 @@ def _qwen3(config: Any) -> list[InputGroup]:
 
 
 def _phi3(config: Any) -> list[InputGroup]:
-    return _gated(config, fused_qkv=True, fused_gate_up=True)
+    return _gated(config, fused_qkv=True, fused_gate_up=True, partial=True)
 
 
 def _glm(config: Any) -> list[InputGroup]:
-    return _gated(config, fused_gate_up=True, interleaved=True)
+    return _gated(config, fused_gate_up=True, partial=True, interleaved=True)
 
 
 ARCHITECTURES: dict[str, Architecture] = {

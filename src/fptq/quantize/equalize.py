@@ -98,7 +98,8 @@ def search_scale(
     With m the maxima or the root mean squares of |x|, and w the maxima of |w|, the others are m^a (like AWQ's) and
     m^a / w^(1-a) (SmoothQuant's, with the maxima) for a in SEARCH_EXPONENTS. The error is that of all layers together,
     Σ‖(Q(W·s)/s - W)·X‖², and for static inputs that of their rounding, whose step Δ = max(|x|/s) / 127 makes noise of
-    the variance Δ²/12 in every channel: tokens · Δ²/12 · ‖Q(W·s)‖². Channels that are always zero get 1.
+    the variance Δ²/12 in every channel: tokens · Δ²/12 · ‖Q(W·s)‖². Channels that are always zero get 1;
+    those that no weight reads are brought within the range of the others.
 
     Args:
         channel_max: max|x| of each channel.
@@ -114,7 +115,7 @@ def search_scale(
     rows = min(_SEARCH_ROWS, -(-_SEARCH_WEIGHTS // len(channel_max)))  # each costs k² operations for a candidate
     sampled = [weight[:: -(-len(weight) // rows)] for weight in weights]
     x, rms, w = (torch.from_numpy(values).double() for values in (channel_max, channel_rms, weight_max))
-    known = (x > 0) & (w > 0)
+    known, unread = (x > 0) & (w > 0), (x > 0) & (w == 0)
     x1, rms1, w1 = (torch.where(known, values, 1.0) for values in (x, rms, w))
     candidates = [torch.ones_like(x), torch.from_numpy(lae_scale(channel_max)).double()]
     for a in SEARCH_EXPONENTS:
@@ -122,7 +123,9 @@ def search_scale(
     best, least = candidates[0].float(), float("inf")
     for candidate in candidates:
         middle = candidate.log()[known].mean().exp() if bool(known.any()) else 1.0
-        s = torch.where(known, candidate / middle, 1.0).float()
+        s = torch.where(known, candidate / middle, 1.0)
+        reach = float(torch.where(unread, 0.0, x / s).max()) or 1.0
+        s = torch.where(unread, x / reach, s).float()
         step = float((x / s).max()) / numerics.integer_range(numerics.ACTIVATION_BITS)[1] if static else 0.0
         error = 0.0
         for weight in sampled:
@@ -260,7 +263,9 @@ def equalize_(
     for group in groups:
         first = group.layers[0]
         if keys and group.keys is not None:
-            key_max = _equalize_keys_(block, group.keys, key_max, divisors)
+            parts, key_max = key_scales(group.keys, key_max)
+            for part, scale in parts:
+                _divide_output_(block, part, scale, divisors)
         if first not in scales or group.source is None:
             continue
         s = scales[first]
@@ -275,46 +280,57 @@ def equalize_(
     return Equalized(CacheRanges(float(key_max.max(initial=0.0)), float(value_max.max(initial=0.0))), divisors)
 
 
-def _equalize_keys_(
-    block: nn.Module, source: KeySource, channel_max: np.ndarray, divisors: dict[str, torch.Tensor]
-) -> np.ndarray:
-    """Fuse the keys' scale into what computes keys and queries, and return max|K| of each channel after it.
+def key_scales(
+    source: KeySource, channel_max: np.ndarray
+) -> tuple[list[tuple[NormSource | RowsSource, np.ndarray]], np.ndarray]:
+    """Return what divides the outputs of what computes keys and queries, and max|K| of each channel after it.
 
     Args:
-        block: a decoder block with its weights loaded; changed in place.
         source: what computes them.
         channel_max: max|K| [heads, head_dim], before; some models repeat a key head for each of its query heads.
-        divisors: those of `Equalized`; changed in place.
     """
     kv_heads, head_dim = source.sharing.shape
     channel_max = channel_max.reshape(kv_heads, -1, head_dim).max(1)
     s = key_scale(channel_max, source.sharing)
+    parts: list[tuple[NormSource | RowsSource, np.ndarray]] = []
     for part, scale in ((source.keys, s), (source.queries, 1 / s.astype(np.float64))):
-        if isinstance(part, NormSource):
-            _divide_output_(block, part, scale[0], divisors)
-        else:
+        if isinstance(part, RowsSource):
             heads = len(part.rows) // head_dim
-            _divide_output_(block, part, scale.repeat(heads // kv_heads, axis=0).reshape(-1), divisors)
-    return channel_max / s
+            parts.append((part, scale.repeat(heads // kv_heads, axis=0).reshape(-1)))
+        else:
+            parts.append((part, scale[0]))
+    return parts, channel_max / s
+
+
+def divide_rows(weight: torch.Tensor, source: RowsSource, s: np.ndarray) -> torch.Tensor:
+    """Return a copy of the weight [n, k] of `source`: rows that make a channel are divided by its scale."""
+    rows, scale = _scale_of_rows(source, s)
+    divided = weight.clone()
+    divided[rows] /= scale.to(weight.dtype)[:, None]
+    return divided
+
+
+def _scale_of_rows(source: RowsSource, s: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows and the scale of each: one that several channels share is there once."""
+    rows, first_channel = np.unique(source.rows, return_index=True)
+    return torch.from_numpy(rows), torch.from_numpy(s[first_channel])
 
 
 def _divide_output_(
     block: nn.Module, source: NormSource | RowsSource, s: np.ndarray, divisors: dict[str, torch.Tensor]
 ) -> None:
     module = block.get_submodule(source.name)
-    scale = torch.from_numpy(s).to(module.weight.dtype)
+    dtype, bias = module.weight.dtype, getattr(module, "bias", None)
     if isinstance(source, NormSource):
+        scale = torch.from_numpy(s).to(dtype)
         offset = 1.0 if source.plus_one else 0.0
         module.weight.copy_((module.weight + offset) / scale - offset)
-    else:
-        rows, first_channel = np.unique(source.rows, return_index=True)  # a shared row is divided once
-        scale = scale[torch.from_numpy(first_channel)]
-        module.weight[torch.from_numpy(rows)] /= scale[:, None]
-        divisors.setdefault(source.name, torch.ones(len(module.weight)))[torch.from_numpy(rows)] *= scale
-    bias = getattr(module, "bias", None)
-    if bias is None:
+        if bias is not None:
+            bias.div_(scale)
         return
-    if isinstance(source, NormSource):
-        bias.div_(scale)
-    else:
-        bias[torch.from_numpy(rows)] /= scale
+    rows, scale = _scale_of_rows(source, s)
+    scale = scale.to(dtype)
+    module.weight[rows] /= scale[:, None]
+    divisors.setdefault(source.name, torch.ones(len(module.weight)))[rows] *= scale
+    if bias is not None:
+        bias[rows] /= scale

@@ -12,9 +12,9 @@ import torch
 
 from fptq import numerics
 from fptq.errors import QuantizationError
-from fptq.models.architectures import InputGroup, NormSource
+from fptq.models.architectures import InputGroup, NormSource, RowsSource
 from fptq.models.loading import FloatModel
-from fptq.quantize.equalize import equalization_scale, range_after
+from fptq.quantize.equalize import divide_rows, equalization_scale, key_scales, range_after
 from fptq.quantize.observe import BlockStatistics, InputStatistics
 from fptq.recipe import PER_CHANNEL, Activation, LayerPlan, Recipe, Role
 
@@ -64,7 +64,14 @@ def decide(
     """
     layers: dict[str, LayerPlan] = {}
     scales: dict[str, np.ndarray] = {}
-    for group in groups:
+    weights = dict(weights)
+    searches = recipe.equalization == "search"  # published methods look at each input by itself
+    if searches and recipe.equalizes_keys:
+        for group in groups:
+            if group.keys is not None:
+                _divide_rows(weights, *key_scales(group.keys, statistics.key_channel_max)[0])
+    # a scale that is fused into rows of a layer changes what the search for that layer's input sees
+    for group in reversed(groups):
         first = group.layers[0]
         seen = statistics.inputs[first]
         quantized = [name for name in group.layers if not is_skipped(f"{block_name}.{name}", recipe)]
@@ -82,6 +89,8 @@ def decide(
         if choice.equalize:
             readers = [weights[name] for name in quantized]
             scales[first] = equalization_scale(group, seen, recipe, choice.activation, readers, bits, group_size)
+            if searches and group.source:
+                _divide_rows(weights, (group.source, scales[first]))
         for name in quantized:
             layers[name] = LayerPlan(
                 role=group.role,
@@ -96,7 +105,14 @@ def decide(
                 max_before=seen.maximum,
                 reason=choice.reason,
             )
-    return BlockPlan(layers, scales)
+    return BlockPlan({name: layers[name] for group in groups for name in group.layers if name in layers}, scales)
+
+
+def _divide_rows(weights: dict[str, torch.Tensor], *parts: tuple[NormSource | RowsSource, np.ndarray]) -> None:
+    """Put a divided copy in the place of each weight whose rows take a scale."""
+    for source, s in parts:
+        if isinstance(source, RowsSource):
+            weights[source.name] = divide_rows(weights[source.name], source, s)
 
 
 @dataclass(frozen=True)
