@@ -75,6 +75,14 @@ def test_equalization_is_exact(variant: str, tmp_path: Path) -> None:
     assert relative_error(original, equalized) <= tolerance(source.model)
 
 
+def test_a_partial_rotation_that_the_model_ignores_is_ignored(tmp_path: Path) -> None:
+    """transformers keeps the entry in every config, and Llama rotates whole heads nevertheless."""
+    folder = save_tiny(tmp_path / "model", partial_rotary_factor=0.5)
+    original, equalized, source = equalized_logits(folder, tmp_path)
+    assert source.config.rope_parameters["partial_rotary_factor"] == 0.5
+    assert relative_error(original, equalized) <= tolerance(source.model)
+
+
 @pytest.mark.parametrize("method", ["smoothquant", "awq", "search"])
 @pytest.mark.parametrize("variant", ["llama-bias-untied", "gemma3", "phi3", "bloom", "falcon-40b"])
 def test_scales_of_other_methods_are_fused_as_exactly(variant: str, method: str, tmp_path: Path) -> None:

@@ -380,6 +380,9 @@ def edited(folder: Path, tmp_path: Path, **values: object) -> Path:
     return copy
 
 
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+
+
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
@@ -392,8 +395,8 @@ def edited(folder: Path, tmp_path: Path, **values: object) -> Path:
         ({"hidden_size": "wide"}, CheckpointError, "a value of architecture 'llama' is missing or wrong"),
         ({"vocab_size": 161}, CheckpointError, r"the config makes it \[161, 64\]"),
         ({"num_key_value_heads": 3}, CheckpointError, "4 query heads over 3 key/value heads"),
-        ({"partial_rotary_factor": 1.5}, CheckpointError, "24 of a head's 16 channels to rotate"),
-        ({"partial_rotary_factor": 0.2}, CheckpointError, "3 of a head's 16 channels to rotate"),
+        ({**LINEAR, "partial_rotary_factor": 1.5}, CheckpointError, "24 of a head's 16 channels to rotate"),
+        ({**LINEAR, "partial_rotary_factor": 0.2}, CheckpointError, "3 of a head's 16 channels to rotate"),
         ({"rope_parameters": {"rope_type": "llama3"}}, CheckpointError, "rotary type 'llama3' is missing or wrong"),
         ({"rope_parameters": [1]}, CheckpointError, "missing or wrong"),
         ({"tie_word_embeddings": True}, CheckpointError, "'lm_head.weight' has no place in the model"),

@@ -1,19 +1,22 @@
 """Equalization's scales, each against its definition."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fptq import numerics
 from fptq.checkpoint import Checkpoint
 from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel
-from fptq.quantize import CalibrationSpec, Options, quantize
+from fptq.quantize import CalibrationSpec, quantize
 from fptq.quantize.equalize import awq_scale, key_scale, lae_scale, output_error, search_scale, smoothquant_scale
 from fptq.recipe import get_recipe
 from fptq.report.tables import checkpoint_summary
+from quantizing import QUIET
 from tiny import correlated_inputs, save_tiny, token_ids
 
 
@@ -88,6 +91,60 @@ class TestSearchedScale:
         assert bool(torch.isfinite(found).all())
         torch.testing.assert_close(self.search(0 * x, static=True), torch.ones(64))
 
+    def test_a_channel_that_nothing_reads_does_not_set_the_range(self) -> None:
+        x, weight = self.x.clone(), self.weight.clone()
+        x[:, 9], weight[:, 9] = 100 * x.abs().max(), 0
+        rms, maxima, largest = x.square().mean(0).sqrt().numpy(), x.abs().amax(0).numpy(), weight.abs().amax(0).numpy()
+        found = search_scale(maxima, rms, largest, [weight], x.T @ x, len(x), 32, 4, static=True)
+        others = np.arange(64) != 9
+        assert (maxima / found)[9] <= (maxima / found)[others].max() * (1 + 1e-6)
+
+
+LARGE = 300.0
+
+
+def enlarge_neuron(weights: dict[str, torch.Tensor]) -> None:
+    """As large a row of up_proj as the column of down_proj that reads it is small: the model's outputs stay."""
+    for name, weight in weights.items():
+        if name.endswith("up_proj.weight"):
+            weight[3] *= LARGE
+        elif name.endswith("down_proj.weight"):
+            weight[:, 3] /= LARGE
+
+
+def enlarge_value(weights: dict[str, torch.Tensor]) -> None:
+    """The same of a channel of the values, which two query heads of 16 channels read."""
+    for name, weight in weights.items():
+        if name.endswith("v_proj.weight"):
+            weight[3] *= LARGE
+        elif name.endswith("o_proj.weight"):
+            weight[:, [3, 19]] /= LARGE
+
+
+def silence_channel(weights: dict[str, torch.Tensor]) -> None:
+    """A channel that is large where nothing reads it."""
+    for name, weight in weights.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+            weight[:, 5] = 0
+        elif "layernorm" in name:
+            weight[5] = 30
+
+
+@pytest.mark.parametrize("change", [enlarge_neuron, enlarge_value, silence_channel])
+def test_searched_scales_are_as_good_where_one_channel_is_large(
+    change: Callable[[dict[str, torch.Tensor]], None], tmp_path: Path
+) -> None:
+    """What equalization takes off a row mustn't have ruled the search for the input of that row's layer."""
+    calibration, recipe, least = CalibrationSpec("random", samples=16, length=48), get_recipe("fptq-best-quick"), []
+    folder = save_tiny(tmp_path / "model", spread=0.5)
+    for name in ("as it is", "changed"):
+        made = Checkpoint.open(quantize(str(folder), tmp_path / name, recipe, calibration, QUIET))
+        least.append(min(layer["sqnr_db"] for layer in made.record["layers"].values()))
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert least[1] > least[0] - 1
+
 
 def test_a_key_scale_is_its_pairs_maximum_around_one() -> None:
     channel_max = np.array([[8.0, 0.0, 2.0, 0.0], [1.0, 1.0, 1.0, 0.5]], np.float32)
@@ -110,7 +167,7 @@ def test_equalized_keys_survive_a_large_bias(tmp_path: Path) -> None:
         for keys in (False, True):
             recipe = get_recipe("rtn-w8a8", equalize_keys=keys)
             folder = tmp_path / str(keys)
-            quantized, _ = load(quantize(str(tmp_path / "model"), folder, recipe, calibration, Options(progress=False)))
+            quantized, _ = load(quantize(str(tmp_path / "model"), folder, recipe, calibration, QUIET))
             advice[keys] = "--equalize-keys" in checkpoint_summary(Checkpoint.open(folder))
             found = quantized(ids, past_key_values=new_cache(quantized)).logits
             errors[keys] = float((found - wanted).square().mean())

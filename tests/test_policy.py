@@ -122,9 +122,11 @@ def test_group_size_falls_back(k: int, wanted: int, size: int) -> None:
 
 def test_impossible_group_size_names_layer_and_remedy() -> None:
     with pytest.raises(
-        QuantizationError, match=r"blk\.down: in_features 344 .* 128 or 64 or 32.*--group-size 8.*--skip 'blk\.down'"
+        QuantizationError, match=r"h\.0\.down: in_features 344 .* 128 or 64 or 32.*--group-size 8.*--skip 'h\.\*\.down'"
     ):
-        choose_group_size(344, 128, "blk.down")
+        choose_group_size(344, 128, "h.0.down")
+    with pytest.raises(QuantizationError, match=r"32; keep such layers"):
+        choose_group_size(344, 128, "h.0.down", widths={100, 344})
 
 
 def test_nan_range_is_refused() -> None:

@@ -71,6 +71,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "half": ("glm", {"head_dim": 64}),
+    "partial, ignored": ("llama", {"partial_rotary_factor": 0.5}),
 }
 LAYERS = {
     "full": ("full_attention", {}),

@@ -28,8 +28,9 @@ def add_quantize(commands: Any) -> None:
     details = """
         It works in the memory of one decoder block (GPTQ, AWQ, and scales that are learned or searched
         need some square matrices of its widths besides; tuning, as of fptq-best, needs embedding and head
-        in float32 and 16 bytes for each group of weights; llm-qat needs the whole model). Give the same
-        command again to go on after an interruption; the result is the same to the bit.
+        in float32, 16 bytes for each group of weights, and up to about 2 GB for logits; llm-qat needs the
+        whole model). Give the same command again to go on after an interruption; the result is the same
+        to the bit.
 
         recipes:
         {recipes}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -206,8 +207,9 @@ def check_layers(source: FloatModel, recipe: Recipe) -> None:
     quantized = {name: layer for name, layer in layers.items() if not is_skipped(name, recipe)}
     if not quantized:
         raise QuantizationError("--skip leaves no layer to quantize")
+    widths = {linear.in_features for _, linear in quantized.values()}
     for name, (group, linear) in quantized.items():
-        layer_bits_and_group(linear.in_features, group.role, recipe, name)
+        layer_bits_and_group(linear.in_features, group.role, recipe, name, widths)
         if recipe.low_rank > min(linear.in_features, linear.out_features):
             raise QuantizationError(
                 f"{name}: is {linear.out_features} x {linear.in_features}, too small for low_rank {recipe.low_rank}"
@@ -250,38 +252,41 @@ def is_skipped(name: str, recipe: Recipe) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in recipe.skip)
 
 
-def layer_bits_and_group(in_features: int, role: Role, recipe: Recipe, name: str) -> tuple[int, int]:
+def layer_bits_and_group(
+    in_features: int, role: Role, recipe: Recipe, name: str, widths: Collection[int] = ()
+) -> tuple[int, int]:
     """Return bits and group size of a layer's weight: 8 bits have one scale a row.
 
     Raises:
-        QuantizationError: no group size fits.
+        QuantizationError: no group size fits; it names one that fits `widths`, too.
     """
     bits = 8 if role.value in recipe.int8_roles else recipe.weight_bits
-    return bits, in_features if bits == 8 else choose_group_size(in_features, recipe.group_size, name)
+    return bits, in_features if bits == 8 else choose_group_size(in_features, recipe.group_size, name, widths)
 
 
-def choose_group_size(in_features: int, wanted: int, name: str) -> int:
+def choose_group_size(in_features: int, wanted: int, name: str, widths: Collection[int] = ()) -> int:
     """Return the group size of int4 weights: `wanted` if it divides `in_features`, else 64 or 32.
 
     PER_CHANNEL is `in_features`, which must be a multiple of 8, as codes are packed.
 
     Raises:
-        QuantizationError: none does.
+        QuantizationError: none does; it names one that fits `widths`, too.
     """
+    everywhere = re.sub(r"\.\d+\.", ".*.", name, count=1)  # such a layer in all blocks
     if wanted == PER_CHANNEL and in_features % 8 == 0:
         return in_features
     if wanted == PER_CHANNEL:
         raise QuantizationError(
             f"{name}: in_features {in_features} is not a multiple of 8, so its int4 codes can't be packed; use "
-            f"--weight-bits 8, or keep this layer in full precision with --skip '{name}'"
+            f"--weight-bits 8, or keep such layers in full precision with --skip '{everywhere}'"
         )
     sizes = [wanted, *(size for size in _FALLBACK_GROUP_SIZES if size < wanted)]
     for size in sizes:
         if in_features % size == 0:
             return size
-    fitting = [s for s in (32, 16, 8) if in_features % s == 0]
+    fitting = [s for s in (32, 16, 8) if all(width % s == 0 for width in (in_features, *widths))]
     remedy = f"use --group-size {fitting[0]} or keep" if fitting else "keep"
     raise QuantizationError(
         f"{name}: in_features {in_features} is not a multiple of group size {' or '.join(map(str, sizes))}; "
-        f"{remedy} this layer in full precision with --skip '{name}'"
+        f"{remedy} such layers in full precision with --skip '{everywhere}'"
     )

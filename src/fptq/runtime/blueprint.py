@@ -241,7 +241,7 @@ def _rope_parameters(c: Config, layer_type: str) -> dict[str, Any]:
     for key in ("partial_rotary_factor", "max_position_embeddings"):
         if key in c:
             given.setdefault(key, c[key])
-    if c["model_type"] not in ("phi3", "glm", "glm4"):
+    if kind == "default" and c["model_type"] not in ("phi3", "glm", "glm4"):
         given.pop("partial_rotary_factor", None)  # others rotate whole heads, whatever stands there
     return given
 
