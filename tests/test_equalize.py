@@ -14,7 +14,7 @@ from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel
 from fptq.quantize import CalibrationSpec, quantize
 from fptq.quantize.equalize import awq_scale, key_scale, lae_scale, output_error, search_scale, smoothquant_scale
-from fptq.recipe import get_recipe
+from fptq.recipe import Activation, get_recipe
 from fptq.report.tables import checkpoint_summary
 from quantizing import QUIET
 from tiny import correlated_inputs, save_tiny, token_ids
@@ -47,11 +47,17 @@ class TestSearchedScale:
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))
     x = correlated_inputs(64)
 
-    def search(self, x: torch.Tensor, *, static: bool) -> torch.Tensor:
+    def search(
+        self,
+        x: torch.Tensor,
+        activation: Activation,
+        weight: torch.Tensor = weight,
+        cached_max: np.ndarray | None = None,
+    ) -> torch.Tensor:
         rms, maxima = x.square().mean(0).sqrt().numpy(), x.abs().amax(0).numpy()
-        largest = self.weight.abs().amax(0).numpy()
-        found = search_scale(maxima, rms, largest, [self.weight], x.T @ x, len(x), 32, 4, static=static)
-        return torch.from_numpy(found)
+        largest = weight.abs().amax(0).numpy()
+        given = maxima, rms, largest, [weight], x.T @ x, len(x), 32, 4
+        return torch.from_numpy(search_scale(*given, activation=activation, cached_max=cached_max))
 
     def error(self, s: torch.Tensor, *, static: bool) -> float:
         """What the scale costs, measured: rounded inputs times rounded weights beside the exact product."""
@@ -68,36 +74,48 @@ class TestSearchedScale:
         published.append(torch.from_numpy(smoothquant_scale(maxima.numpy(), self.weight.abs().amax(0).numpy(), 0.5)))
         for static in (False, True):
             # the middle of a scale is the search's to choose, and moves roundings a little
-            best = self.error(self.search(self.x, static=static), static=static)
+            found = self.search(self.x, Activation.STATIC if static else Activation.NONE)
+            best = self.error(found, static=static)
             assert all(best < 1.05 * self.error(s, static=static) for s in published)
             assert best < 0.8 * self.error(torch.ones(64), static=static)
 
-    def test_static_inputs_move_more_of_the_range_into_the_weight(self) -> None:
-        x = self.x.clone()
-        x[::100, 5] = 300  # a step for these few is one for all
-        dynamic, static = self.search(x, static=False), self.search(x, static=True)
-
-        def spread(s: torch.Tensor) -> float:
-            channels = (x / s).abs().amax(0)
+    def test_int8_inputs_move_more_of_the_range_into_the_weight(self) -> None:
+        def spread(activation: Activation) -> float:
+            channels = (x / self.search(x, activation, weight)).abs().amax(0)
             return float(channels.max() / channels.mean())
 
-        assert spread(static) < spread(dynamic)
+        x, weight = self.x.clone(), self.weight.clone()
+        x[::100, 5] = 300  # a static step for these few is one for all
+        assert spread(Activation.STATIC) < spread(Activation.DYNAMIC)
+        x = self.x.clone()
+        x[:, 5] *= 1e3
+        weight[:, 5] /= 1e5  # so little that its rounding hardly counts
+        assert spread(Activation.DYNAMIC) < 0.5 * spread(Activation.NONE)
+
+    def test_values_in_an_int8_cache_are_evened_out(self) -> None:
+        maxima = self.x.abs().amax(0).numpy()
+        values = 3 * maxima
+        values[5] *= 300  # most of it never attended to
+
+        def spread(cached_max: np.ndarray | None) -> float:
+            after = values / self.search(self.x, Activation.STATIC, cached_max=cached_max).numpy()
+            return float(after.max() / after.mean())
+
+        assert spread(values) < spread(None)
 
     def test_a_dead_channel_has_no_scale(self) -> None:
         x = self.x.clone()
         x[:, 9] = 0
-        found = self.search(x, static=True)
+        found = self.search(x, Activation.STATIC)
         assert found[9] == 1
         assert bool(torch.isfinite(found).all())
-        torch.testing.assert_close(self.search(0 * x, static=True), torch.ones(64))
+        torch.testing.assert_close(self.search(0 * x, Activation.STATIC), torch.ones(64))
 
     def test_a_channel_that_nothing_reads_does_not_set_the_range(self) -> None:
         x, weight = self.x.clone(), self.weight.clone()
         x[:, 9], weight[:, 9] = 100 * x.abs().max(), 0
-        rms, maxima, largest = x.square().mean(0).sqrt().numpy(), x.abs().amax(0).numpy(), weight.abs().amax(0).numpy()
-        found = search_scale(maxima, rms, largest, [weight], x.T @ x, len(x), 32, 4, static=True)
-        others = np.arange(64) != 9
-        assert (maxima / found)[9] <= (maxima / found)[others].max() * (1 + 1e-6)
+        reached = x.abs().amax(0) / self.search(x, Activation.STATIC, weight)
+        assert reached[9] <= reached[torch.arange(64) != 9].max() * (1 + 1e-6)
 
 
 LARGE = 300.0

@@ -91,15 +91,18 @@ def search_scale(
     group_size: int,
     bits: int,
     *,
-    static: bool,
+    activation: Activation,
+    cached_max: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the scale of least output error of a family that has LAE's and none (1), float32 [k].
 
     With m the maxima or the root mean squares of |x|, and w the maxima of |w|, the others are m^a (like AWQ's) and
     m^a / w^(1-a) (SmoothQuant's, with the maxima) for a in SEARCH_EXPONENTS. The error is that of all layers together,
-    Σ‖(Q(W·s)/s - W)·X‖², and for static inputs that of their rounding, whose step Δ = max(|x|/s) / 127 makes noise of
-    the variance Δ²/12 in every channel: tokens · Δ²/12 · ‖Q(W·s)‖². Channels that are always zero get 1;
-    those that no weight reads are brought within the range of the others.
+    Σ‖(Q(W·s)/s - W)·X‖², and that of the inputs' rounding, whose step Δ makes noise of the variance Δ²/12 in every
+    channel: tokens · Δ²/12 · ‖Q(W·s)‖². A static step is max(|x|/s) / 127; of the steps that tokens have, the mean
+    square is at least that of the largest channel, and this is taken for it. Where the input is a mean of values that
+    are kept in int8, noise of their step is added, as if one value were attended to. Channels that are always zero get
+    1; those that no weight reads are brought within the range of the others.
 
     Args:
         channel_max: max|x| of each channel.
@@ -110,13 +113,18 @@ def search_scale(
         tokens: how many the Gram matrix is summed over.
         group_size: of the weights.
         bits: of a code.
-        static: whether the input has one static scale.
+        activation: how the input is quantized.
+        cached_max: max|v| [k] of the values that each channel is a mean of, if the KV cache is in int8.
     """
     rows = min(_SEARCH_ROWS, -(-_SEARCH_WEIGHTS // len(channel_max)))  # each costs k² operations for a candidate
     sampled = [weight[:: -(-len(weight) // rows)] for weight in weights]
     x, rms, w = (torch.from_numpy(values).double() for values in (channel_max, channel_rms, weight_max))
     known, unread = (x > 0) & (w > 0), (x > 0) & (w == 0)
     x1, rms1, w1 = (torch.where(known, values, 1.0) for values in (x, rms, w))
+    rounded_together = {Activation.STATIC: [x], Activation.DYNAMIC: [rms]}.get(activation, [])
+    if cached_max is not None:
+        rounded_together = [*rounded_together, torch.from_numpy(cached_max).double()]
+    top = numerics.integer_range(numerics.ACTIVATION_BITS)[1]
     candidates = [torch.ones_like(x), torch.from_numpy(lae_scale(channel_max)).double()]
     for a in SEARCH_EXPONENTS:
         candidates += [m**a / divisor for m in (x1, rms1) for divisor in (1.0, w1 ** (1 - a))]
@@ -126,12 +134,12 @@ def search_scale(
         s = torch.where(known, candidate / middle, 1.0)
         reach = float(torch.where(unread, 0.0, x / s).max()) or 1.0
         s = torch.where(unread, x / reach, s).float()
-        step = float((x / s).max()) / numerics.integer_range(numerics.ACTIVATION_BITS)[1] if static else 0.0
+        variance = sum(float((values / s).max() / top) ** 2 / 12 for values in rounded_together)
         error = 0.0
         for weight in sampled:
             rounded = numerics.dequantize_weight(*numerics.quantize_weight(weight * s, group_size, bits))
             error += output_error(rounded / s - weight, gram)
-            error += tokens * step**2 / 12 * float(rounded.square().sum(dtype=torch.float64))
+            error += tokens * variance * float(rounded.square().sum(dtype=torch.float64))
         if error < least:
             best, least = s, error
     return best.numpy()
@@ -150,6 +158,7 @@ def equalization_scale(
     weights: Sequence[torch.Tensor],
     bits: int,
     group_size: int,
+    cached_max: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the scale of each channel that the recipe's method gives; channels from the same row of a linear share it.
 
@@ -161,6 +170,7 @@ def equalization_scale(
         weights: [n, k] of the quantized layers that read the input.
         bits: of their codes.
         group_size: of their scales.
+        cached_max: that of `search_scale`.
     """
     share = _sharing(group.source)
     if recipe.equalization == "lae":
@@ -171,8 +181,9 @@ def equalization_scale(
     floats = [weight.float() for weight in weights]
     if recipe.equalization == "search":
         per_channel = share(seen.channel_max), share(seen.channel_rms), share(_weight_max(weights))
-        static = activation is Activation.STATIC
-        return search_scale(*per_channel, floats, seen.gram, seen.tokens, group_size, bits, static=static)
+        return search_scale(
+            *per_channel, floats, seen.gram, seen.tokens, group_size, bits, activation=activation, cached_max=cached_max
+        )
     assert recipe.equalization == "awq", recipe.equalization
     return awq_scale(share(seen.channel_mean), floats, seen.gram, group_size, bits)
 

@@ -89,7 +89,10 @@ def decide(
         choice = _choose(group, seen, recipe)
         if choice.equalize:
             readers = [weights[name] for name in quantized]
-            scales[first] = equalization_scale(group, seen, recipe, choice.activation, readers, bits, group_size)
+            cached = _cached_max(group, statistics) if recipe.kv_cache == "int8" else None
+            scales[first] = equalization_scale(
+                group, seen, recipe, choice.activation, readers, bits, group_size, cached
+            )
             if searches and group.source:
                 _divide_rows(weights, (group.source, scales[first]))
         for name in quantized:
@@ -107,6 +110,14 @@ def decide(
                 reason=choice.reason,
             )
     return BlockPlan({name: layers[name] for group in groups for name in group.layers if name in layers}, scales)
+
+
+def _cached_max(group: InputGroup, statistics: BlockStatistics) -> np.ndarray | None:
+    """Return max|v| [k] of the values that an attention's output is a mean of; None if the input is something else."""
+    if group.role is not Role.DENSE:
+        return None
+    values = statistics.value_channel_max  # query heads that share a value head follow each other
+    return values.repeat(statistics.inputs[group.layers[0]].channel_max.size // values.size, axis=0).reshape(-1)
 
 
 def _divide_rows(weights: dict[str, torch.Tensor], *parts: tuple[NormSource | RowsSource, np.ndarray]) -> None:
