@@ -89,7 +89,7 @@ def decide(
         choice = _choose(group, seen, recipe)
         if choice.equalize:
             readers = [weights[name] for name in quantized]
-            cached = _cached_max(group, statistics) if recipe.kv_cache == "int8" else None
+            cached = _cached_max(group, statistics) if searches and recipe.kv_cache == "int8" else None
             scales[first] = equalization_scale(
                 group, seen, recipe, choice.activation, readers, bits, group_size, cached
             )
