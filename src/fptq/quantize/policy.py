@@ -63,6 +63,16 @@ def decide(
     Raises:
         QuantizationError: no group size fits a layer, or the statistics are not finite.
     """
+    quantized = {
+        group.layers[0]: [name for name in group.layers if not is_skipped(f"{block_name}.{name}", recipe)]
+        for group in groups
+    }
+    for first, names in quantized.items():
+        if names and not np.isfinite(statistics.inputs[first].range):
+            raise QuantizationError(
+                f"{block_name}.{first}: its input has NaN or infinite values during calibration; "
+                "try --compute-dtype float32, or look at the model's own output"
+            )
     layers: dict[str, LayerPlan] = {}
     scales: dict[str, np.ndarray] = {}
     weights = dict(weights)
@@ -74,28 +84,22 @@ def decide(
     # a scale that is fused into rows of a layer changes what the search for that layer's input sees
     for group in reversed(groups):
         first = group.layers[0]
-        seen = statistics.inputs[first]
-        quantized = [name for name in group.layers if not is_skipped(f"{block_name}.{name}", recipe)]
-        if not quantized:
+        seen, names = statistics.inputs[first], quantized[first]
+        if not names:
             continue
         # layers that read one input have its width and its role, so the same scheme
-        where = f"{block_name}.{quantized[0]}"
+        where = f"{block_name}.{names[0]}"
         bits, group_size = layer_bits_and_group(seen.channel_max.size, group.role, recipe, where)
-        if not np.isfinite(seen.range):
-            raise QuantizationError(
-                f"{block_name}.{first}: its input has NaN or infinite values during calibration; "
-                "try --compute-dtype float32, or look at the model's own output"
-            )
         choice = _choose(group, seen, recipe)
         if choice.equalize:
-            readers = [weights[name] for name in quantized]
+            readers = [weights[name] for name in names]
             cached = _cached_max(group, statistics) if searches and recipe.kv_cache == "int8" else None
             scales[first] = equalization_scale(
                 group, seen, recipe, choice.activation, readers, bits, group_size, cached
             )
             if searches and group.source:
                 _divide_rows(weights, (group.source, scales[first]))
-        for name in quantized:
+        for name in names:
             layers[name] = LayerPlan(
                 role=group.role,
                 input=f"{block_name}.{first}",
