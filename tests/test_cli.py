@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fptq.cli import main
 from fptq.integrations import torch_ops
@@ -110,6 +111,18 @@ def test_inspect_a_model_decides_the_same_and_writes_nothing(
     stored = json.loads((checkpoint / "fptq.json").read_text())["layers"]
     for name, layer in json.loads(plan.read_text())["layers"].items():
         assert layer == {key: stored[name][key] for key in layer}
+
+
+def test_inspect_a_model_advises_on_uneven_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where one channel of the keys is far larger than the others, and not where it is equalized or kept in float."""
+    model = save_tiny(tmp_path / "model", "qwen2")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.bias"][3] = 400
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    arguments = ["inspect", str(model), "--samples", "4", "--length", "16", "--group-size", "32", "--summary"]
+    for options, advised in (([], True), (["--equalize-keys"], False), (["--kv-cache", "float"], False)):
+        assert main([*arguments, *options]) == 0
+        assert ("in 1 of 2 blocks some channels of the keys" in capsys.readouterr().out) == advised
 
 
 @pytest.mark.parametrize("recipe", ["fptq", "rtn-w4a16"])
