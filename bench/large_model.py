@@ -1,9 +1,9 @@
 """Memory and resume of `fptq quantize` on a model of the 1B shape with random weights.
 
-    python bench/large_model.py WORK_FOLDER [--samples 8] [--kills 2] [--recipe fptq] [--layers 16]
+    python bench/large_model.py WORK_FOLDER [--samples 8] [--kills 2] [--recipe fptq] [--layers 16] [--vocabulary 32000]
 
 With fewer --layers it is as quick as its embedding is large: blocks are alike, so two of these tell what one costs.
-Makes a Llama (hidden 2048, intermediate 8192, 16 layers, 32 heads, 8 key/value heads, vocabulary 32,000) in bfloat16
+Makes a Llama (hidden 2048, intermediate 8192, 16 layers, 32 heads, 8 key/value heads) in bfloat16
 shards, quantizes it once undisturbed and notes the peak resident memory of that process; then, unless --kills is 0,
 quantizes it again, killing the process with SIGKILL at random moments, and compares every file with the undisturbed
 run's.
@@ -31,7 +31,6 @@ CONFIG = {
     "num_hidden_layers": 16,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
-    "vocab_size": 32000,
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
@@ -40,7 +39,7 @@ CONFIG = {
 }
 
 
-def make_model(folder: Path, layers: int) -> None:
+def make_model(folder: Path, layers: int, vocabulary: int) -> None:
     rng = np.random.default_rng(0)
     hidden, inner, key = 2048, 8192, 512
     shapes = {
@@ -61,7 +60,7 @@ def make_model(folder: Path, layers: int) -> None:
         return np.exp(rng.standard_normal(hidden, np.float32)).astype(ml_dtypes.bfloat16)
 
     folder.mkdir(parents=True)
-    shards = [{"model.embed_tokens.weight": matrix(32000, hidden), "lm_head.weight": matrix(32000, hidden)}]
+    shards = [{f"{name}.weight": matrix(vocabulary, hidden) for name in ("model.embed_tokens", "lm_head")}]
     shards[0]["model.norm.weight"] = norm()
     weight_map = {}
     for number in range(layers + 1):
@@ -74,7 +73,7 @@ def make_model(folder: Path, layers: int) -> None:
         write_shard(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    write_json(folder / "config.json", {**CONFIG, "num_hidden_layers": layers})
+    write_json(folder / "config.json", {**CONFIG, "num_hidden_layers": layers, "vocab_size": vocabulary})
 
 
 def command(model: Path, output: Path, recipe: str, samples: int) -> list[str]:
@@ -105,10 +104,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--recipe", default="fptq")
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+    parser.add_argument("--vocabulary", type=int, default=32000)
     options = parser.parse_args()
     model, whole, killed = (options.folder / name for name in ("model", "whole", "killed"))
     if not model.exists():
-        make_model(model, options.layers)
+        make_model(model, options.layers, options.vocabulary)
 
     start = time.monotonic()
     process = subprocess.Popen(command(model, whole, options.recipe, options.samples))

@@ -158,9 +158,10 @@ class FisherInformation:
             with torch.enable_grad():
                 with products_in_bfloat16(True):
                     logits = self._stepper.logits(outputs[:, piece])
-                logits = logits[0].float()
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                functional.cross_entropy(logits, drawn, reduction="sum").backward()
+                gradient = logits.detach().float().softmax(-1)  # of -log p(drawn), once 1 is taken from what is drawn
+                drawn = torch.multinomial(gradient[0], 1, generator=generator)
+                gradient[0].scatter_add_(1, drawn, -torch.ones(drawn.shape))
+                logits.backward(gradient.to(logits.dtype))
         assert outputs.grad is not None
         return outputs.grad
 

@@ -34,6 +34,7 @@ from fptq.models.stepping import PassingCache, empty_cache
 from fptq.models.text import beginning_of_sequence
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import plain_tokens
+from fptq.quantize.divergence import divergence
 from fptq.quantize.policy import choose_group_size
 from fptq.recipe import Activation
 from fptq.shards import read_header, read_tensor, write_durably, write_json, write_shard
@@ -256,16 +257,6 @@ def student_logits(
         return model(tokens, **cache_argument(model, cache), use_cache=activations).logits
 
 
-def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return the mean over tokens of KL(wanted ‖ logits).
-
-    That is the cross entropy with the teacher's soft labels, less the teacher's own entropy: the same gradient, and 0
-    where the student agrees.
-    """
-    student, teacher = (x.float().log_softmax(dim=-1).flatten(0, -2) for x in (logits, wanted))
-    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
 class _Training:
     """The weights under training, the optimizer, and the losses so far; goes on from the folder's state, if any."""
 
@@ -290,7 +281,7 @@ class _Training:
             with torch.no_grad():
                 wanted = self._model(sequence, use_cache=False).logits
             logits = student_logits(self._model, rounded, sequence, activations=self._spec.quantize_activations)
-            part = divergence(logits, wanted) / len(tokens)
+            part = divergence(logits, wanted).mean() / len(tokens)
             part.backward()
             loss += part.item()
         if not math.isfinite(loss):

@@ -27,7 +27,6 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from fptq import numerics
 from fptq.checkpoint import LayerScheme, QuantizedLinear, read_linear
@@ -38,6 +37,7 @@ from fptq.models.simulation import simulating, straight_through
 from fptq.models.stepping import BlockStepper, products_in_bfloat16
 from fptq.progress import progress_bar
 from fptq.quantize.activations import cut_batches
+from fptq.quantize.divergence import divergence
 from fptq.quantize.quantized import quantized
 from fptq.recipe import Activation
 from fptq.shards import read_header, read_tensor, write_shard
@@ -250,12 +250,11 @@ class Tuner:
         total = 0.0
         for piece in self._stepper.pieces(targets.shape[1]):
             with self._norms_outside(tuned=False), products_in_bfloat16(learns):
-                wanted = self._stepper.logits(targets[:, piece]).float().log_softmax(-1)
+                wanted = self._stepper.logits(targets[:, piece])
             with self._norms_outside(tuned=True), torch.set_grad_enabled(learns):
                 with products_in_bfloat16(learns):
                     logits = self._stepper.logits(outputs[:, piece])
-                found = logits.float().log_softmax(-1)
-                parts = functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1) / targets.shape[1]
+                parts = divergence(logits, wanted)[0] / targets.shape[1]
                 if learns:
                     (parts * self._weights[sample, piece]).sum().backward()
             total += parts.sum().item()
