@@ -24,7 +24,7 @@ from fptq.evaluate.estimates import Estimate, exponential_of_mean, perplexity_ra
 from fptq.evaluate.fidelity import cut_windows
 from fptq.models.loading import FloatModel
 from fptq.models.text import beginning_of_sequence, read_text
-from fptq.recipe import EFFORTS, PRESETS, at_effort
+from fptq.presets import EFFORTS, PRESETS, at_effort
 from fptq.report.tables import format_estimate
 
 matplotlib.use("Agg")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options
-from fptq.recipe import get_recipe
 
 RANDOM = CalibrationSpec("random", samples=6, length=24)
 QUIET = Options(progress=False)

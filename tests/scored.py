@@ -7,8 +7,8 @@ import torch
 
 from fptq.evaluate.fidelity import ScoredModel
 from fptq.models.loading import FloatModel
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import get_recipe
 from tiny import save_tiny
 from tokens import save_byte_tokenizer
 

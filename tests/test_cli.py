@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fptq.cli import main
 from fptq.integrations import torch_ops
-from fptq.recipe import PRESETS, get_recipe
+from fptq.presets import PRESETS, get_recipe
 from fptq.runtime import kernels
 from fptq.runtime.engine import Engine
 from fptq.runtime.kernels import Kernels, choose_target, cpu_name

@@ -18,10 +18,10 @@ from fptq.evaluate.runner import open_model
 from fptq.evaluate.scores import TaskSpec
 from fptq.evaluate.sweep import Sweep
 from fptq.evaluate.tasks import run_tasks
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import exclusive
-from fptq.recipe import get_recipe
 from fptq.report.comparison import comparison_tables, layer_table
 from tiny import save_tiny
 from tokens import save_byte_tokenizer

@@ -16,8 +16,8 @@ import torch
 from fptq.checkpoint import Checkpoint
 from fptq.errors import CheckpointError, EngineError, GenerationError, KernelError, UnsupportedModelError
 from fptq.integrations.transformers import load, new_cache
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import get_recipe
 from fptq.runtime import engine as engines
 from fptq.runtime.decoder import PythonDecoder
 from fptq.runtime.engine import Engine

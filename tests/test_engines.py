@@ -11,8 +11,8 @@ from fptq.cli import main
 from fptq.errors import UnsupportedModelError
 from fptq.export import export
 from fptq.integrations.transformers import W4A8Linear, load
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import get_recipe
 from fptq.report.engines import engine_verdicts
 from fptq.runtime.engine import Engine
 from tiny import save_tiny

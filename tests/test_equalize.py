@@ -12,9 +12,10 @@ from fptq import numerics
 from fptq.checkpoint import Checkpoint
 from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, quantize
 from fptq.quantize.equalize import awq_scale, key_scale, lae_scale, output_error, search_scale, smoothquant_scale
-from fptq.recipe import Activation, get_recipe
+from fptq.recipe import Activation
 from fptq.report.tables import checkpoint_summary
 from quantizing import QUIET
 from tiny import correlated_inputs, save_tiny, token_ids

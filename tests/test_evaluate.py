@@ -19,8 +19,8 @@ from fptq.evaluate.fidelity import (
 )
 from fptq.evaluate.runner import EvaluationSpec, evaluate
 from fptq.models.loading import FloatModel
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import get_recipe
 from fptq.report.tables import accuracy_table
 from tiny import save_tiny, token_ids
 from tokens import save_tokenizer

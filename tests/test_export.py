@@ -17,8 +17,9 @@ from fptq.cli import main
 from fptq.errors import CheckpointError, OutputError
 from fptq.export import TARGETS, export
 from fptq.models.loading import FloatModel
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import Activation, get_recipe
+from fptq.recipe import Activation
 from fptq.shards import read_header, write_json, write_shard
 from tiny import save_tiny, token_ids
 from tokens import save_tokenizer

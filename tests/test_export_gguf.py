@@ -23,8 +23,8 @@ from fptq.export import export
 from fptq.integrations.transformers import load
 from fptq.models.loading import checkpoint_skeleton
 from fptq.models.sources import GGUFLayout, GGUFSource, open_gguf
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import get_recipe
 from tiny import save_tiny
 from tokens import save_byte_tokenizer
 

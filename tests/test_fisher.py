@@ -18,6 +18,7 @@ from fptq.checkpoint import Checkpoint
 from fptq.errors import QuantizationError
 from fptq.models.architectures import InputGroup
 from fptq.models.loading import FloatModel
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, quantize
 from fptq.quantize.calibration import load_calibration
 from fptq.quantize.equalize import equalize_
@@ -26,7 +27,7 @@ from fptq.quantize.float_run import FloatRun
 from fptq.quantize.gptq import Compensation, round_gptq
 from fptq.quantize.observe import Wanted, observing
 from fptq.quantize.policy import decide
-from fptq.recipe import Recipe, Role, get_recipe
+from fptq.recipe import Recipe, Role
 from quantizing import QUIET
 from tiny import VARIANTS, correlated_inputs, save_tiny, token_ids
 

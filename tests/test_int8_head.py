@@ -13,8 +13,9 @@ from fptq.checkpoint import Checkpoint
 from fptq.errors import OutputError, QuantizationError
 from fptq.evaluate.fidelity import ScoredModel, score_windows
 from fptq.integrations.transformers import load, new_cache
+from fptq.presets import get_recipe
 from fptq.quantize import quantize, rounding
-from fptq.recipe import Activation, get_recipe
+from fptq.recipe import Activation
 from quantizing import QUIET, RANDOM, SMALL_GROUPS, KilledError, files, spoil_weight
 from tiny import VARIANTS, save_tiny, token_ids
 

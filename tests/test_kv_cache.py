@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fptq.errors import EngineError
-from fptq.runtime.blueprint import blueprint
+from fptq.runtime.architectures import blueprint
 from fptq.runtime.kv_cache import PAGE_TOKENS, PageCache, Sequence, whole_pages
 
 PLAN = blueprint(

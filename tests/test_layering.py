@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fptq"
 RANKS = [
     {"errors"},
     {"recipe"},
-    {"numerics", "progress", "memory"},
+    {"presets", "numerics", "progress", "memory"},
     {"shards"},
     {"checkpoint"},
     {"models", "runtime"},

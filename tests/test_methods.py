@@ -14,6 +14,7 @@ from fptq.errors import OutputError, QuantizationError
 from fptq.integrations.transformers import W4A8Linear, load
 from fptq.models.architectures import InputGroup
 from fptq.models.loading import FloatModel
+from fptq.presets import PRESETS, get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.clipping import CLIPPING_RATIOS, learn_clipping, search_clipping
 from fptq.quantize.clusters import cluster_channels, cluster_steps
@@ -22,7 +23,7 @@ from fptq.quantize.gptq import Compensation, round_gptq
 from fptq.quantize.observe import BlockStatistics, Wanted, observing
 from fptq.quantize.pipeline import record
 from fptq.quantize.rounding import _low_rank
-from fptq.recipe import PRESETS, Activation, Recipe, Role, get_recipe
+from fptq.recipe import Activation, Recipe, Role
 from quantizing import QUIET
 from tiny import correlated_inputs, save_tiny, token_ids
 

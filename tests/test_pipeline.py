@@ -15,9 +15,10 @@ from fptq.errors import QuantizationError
 from fptq.evaluate.fidelity import ScoredModel, score_windows
 from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.calibration import calibration_for
-from fptq.recipe import Activation, Recipe, get_recipe
+from fptq.recipe import Activation, Recipe
 from quantizing import QUIET, RANDOM, SMALL_GROUPS, files
 from tiny import VARIANTS, save_tiny, token_ids
 

@@ -6,10 +6,11 @@ import torch
 
 from fptq.errors import QuantizationError
 from fptq.models.architectures import InputGroup, NormSource, RowsSource
+from fptq.presets import get_recipe
 from fptq.quantize.equalize import equalization_scale, lae_scale, range_after
 from fptq.quantize.observe import BlockStatistics, InputStatistics
 from fptq.quantize.policy import choose_group_size, decide, decide_head
-from fptq.recipe import Activation, LayerPlan, Recipe, Role, get_recipe
+from fptq.recipe import Activation, LayerPlan, Recipe, Role
 
 NORM = InputGroup(Role.QKV, ("q", "k"), NormSource("norm"))
 DENSE = InputGroup(Role.DENSE, ("o",), RowsSource("v", np.arange(64)))

@@ -14,9 +14,9 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 from fptq.cli import main
 from fptq.errors import CheckpointError, OutputError
+from fptq.presets import get_recipe
 from fptq.publish import hub_id, push
 from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import get_recipe
 from fptq.report.card import model_card
 from fptq.report.subject import Subject
 from fptq.runtime.kernels import Kernels

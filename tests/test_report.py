@@ -19,8 +19,9 @@ from fptq.cli import build_parser, main
 from fptq.cli.common import recipe_of
 from fptq.errors import CheckpointError, ReportError
 from fptq.models.loading import FloatModel
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import Recipe, get_recipe
+from fptq.recipe import Recipe
 from fptq.report.accuracy import FLOAT, gather
 from fptq.report.figures import _DARK, _LIGHT, _POLICY_INKS, CHANNEL_BINS, histogram_rows, largest_of_neighbours
 from fptq.report.page import export, write_page

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import get_recipe
 from fptq.report.page import write_page
 from fptq.report.subject import Subject
 from test_report import BENCHMARK, EVALUATION, large_subject

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from fptq.errors import UnsupportedModelError
-from fptq.runtime.blueprint import blueprint
+from fptq.runtime.architectures import blueprint
 from fptq.runtime.rotary import Rotary
 
 EPS = 2.0**-24

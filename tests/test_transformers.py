@@ -22,8 +22,8 @@ from fptq.integrations.transformers import (
     load,
     new_cache,
 )
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import get_recipe
 from fptq.runtime.kernels import Kernels
 from tiny import save_tiny, token_ids
 from tokens import save_tokenizer

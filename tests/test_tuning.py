@@ -18,11 +18,12 @@ from fptq.checkpoint import Checkpoint
 from fptq.errors import QuantizationError
 from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel, cache_argument
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, quantize
 from fptq.quantize.calibration import load_calibration
 from fptq.quantize.tuning import RECALL_WEIGHT, Tuner, held_out, samples_needed, token_weights
 from fptq.quantize.workspace import Workspace
-from fptq.recipe import Recipe, get_recipe
+from fptq.recipe import Recipe
 from fptq.report.page import settings_table
 from fptq.report.subject import Subject
 from fptq.report.tables import checkpoint_summary

@@ -22,8 +22,9 @@ import torch
 from fptq.checkpoint import Checkpoint
 from fptq.export import export
 from fptq.integrations.transformers import load
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
-from fptq.recipe import Activation, get_recipe
+from fptq.recipe import Activation
 from tiny import save_tiny
 from tokens import save_tokenizer
 

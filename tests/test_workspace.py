@@ -15,10 +15,10 @@ from filelock import FileLock
 
 from fptq.checkpoint import RECORD_FILE, Checkpoint
 from fptq.errors import FPTQError, OutputError
+from fptq.presets import get_recipe
 from fptq.quantize import Options, quantize
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import Workspace
-from fptq.recipe import get_recipe
 from fptq.shards import write_durably
 from quantizing import QUIET, RANDOM, SMALL_GROUPS, KilledError, files
 
@@ -195,7 +195,7 @@ def test_interrupted_anywhere_and_resumed_is_bit_identical(
 
 def test_killed_process_resumes_bit_identical(llama: Path, finished: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; from fptq.quantize import *; from fptq.recipe import get_recipe; "
+        "import sys; from fptq.quantize import *; from fptq.presets import get_recipe; "
         "quantize(sys.argv[1], sys.argv[2], get_recipe('fptq', group_size=32), "
         "CalibrationSpec('random', samples=6, length=24), Options(progress=False))"
     )

@@ -7,7 +7,8 @@ Importing this package does no work and needs no torch. The command line is `fpt
 """
 
 from fptq.errors import FPTQError
-from fptq.recipe import PRESETS, Activation, LayerPlan, Recipe, Role, get_recipe
+from fptq.presets import PRESETS, get_recipe
+from fptq.recipe import Activation, LayerPlan, Recipe, Role
 
 __version__ = "0.1.0"
 __all__ = ["PRESETS", "Activation", "FPTQError", "LayerPlan", "Recipe", "Role", "__version__", "get_recipe"]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fptq.errors import FPTQError, MissingDependencyError, OutputError
-from fptq.recipe import CHOICES, EFFORTS, PRESETS, Recipe, Role, at_effort, get_recipe
+from fptq.presets import EFFORTS, PRESETS, at_effort, get_recipe
+from fptq.recipe import CHOICES, Recipe, Role
 
 MODEL_HELP = "a model folder (safetensors), a GGUF file, a Hugging Face id, or 'demo' (SmolLM2-135M-Instruct)"
 

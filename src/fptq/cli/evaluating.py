@@ -11,7 +11,7 @@ from typing import Any
 
 from fptq.cli.common import MODEL_HELP, add_calibration_options, add_command, calibration_of, require_torch, write_json
 from fptq.errors import FPTQError, OutputError
-from fptq.recipe import PRESETS, get_recipe
+from fptq.presets import PRESETS, get_recipe
 
 
 def add_evaluate(commands: Any) -> None:

@@ -19,7 +19,7 @@ from fptq.cli.common import (
     write_json,
 )
 from fptq.errors import FPTQError
-from fptq.recipe import PRESETS
+from fptq.presets import PRESETS
 
 
 def add_quantize(commands: Any) -> None:

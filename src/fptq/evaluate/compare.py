@@ -25,10 +25,11 @@ from fptq.evaluate.scores import TaskScore, TaskSpec
 from fptq.evaluate.tasks import prepare_tasks, quiet, require_harness, run_tasks
 from fptq.models.loading import FloatModel, library_versions
 from fptq.models.text import beginning_of_sequence
+from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.pipeline import record
 from fptq.quantize.workspace import exclusive
-from fptq.recipe import PER_CHANNEL, Recipe, get_recipe
+from fptq.recipe import PER_CHANNEL, Recipe
 from fptq.shards import write_json
 
 FLOAT = "fp"

@@ -30,7 +30,7 @@ from fptq.evaluate.tasks import require_harness, run_tasks
 from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel, load_tokenizer
 from fptq.models.text import beginning_of_sequence, hub_text, local_text, read_text
-from fptq.runtime.blueprint import blueprint
+from fptq.runtime.architectures import blueprint
 from fptq.runtime.engine import DEFAULT_CONTEXT, Engine
 
 LONGEST_TEXT = DEFAULT_CONTEXT

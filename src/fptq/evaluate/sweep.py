@@ -9,7 +9,8 @@ from typing import Any
 
 from fptq.errors import EvaluationError
 from fptq.evaluate.compare import FLOAT, Contender
-from fptq.recipe import Recipe, get_recipe
+from fptq.presets import get_recipe
+from fptq.recipe import Recipe
 
 SWEPT = ("v0", "v1", "alpha", "group_size", "percentile")
 """The settings that can be swept."""

@@ -22,6 +22,7 @@ from fptq.checkpoint import QuantizedLinear
 from fptq.errors import QuantizationError
 from fptq.memory import keeping_freed_memory
 from fptq.models.loading import FloatModel, head_layers, library_versions
+from fptq.presets import PRESETS, get_recipe
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationData, CalibrationSpec, calibration_for
 from fptq.quantize.equalize import equalize_
@@ -38,7 +39,7 @@ from fptq.quantize.sqnr import measure_sqnr
 from fptq.quantize.tuning import Tuner, held_out, samples_needed
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import Workspace, refuse_foreign
-from fptq.recipe import PER_CHANNEL, PRESETS, Recipe, get_recipe
+from fptq.recipe import PER_CHANNEL, Recipe
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import numpy as np
 from fptq.checkpoint import Checkpoint
 from fptq.errors import CheckpointError, ReportError
 from fptq.evaluate.estimates import Estimate
-from fptq.recipe import PRESETS, Activation
+from fptq.presets import PRESETS
+from fptq.recipe import Activation
 
 EVALUATION_FILE = "evaluation.json"
 """What `fptq evaluate --json` wrote, where a report looks for it by itself: in the checkpoint's folder."""

@@ -12,7 +12,8 @@ import numpy as np
 from fptq.checkpoint import Checkpoint
 from fptq.evaluate.estimates import Estimate
 from fptq.evaluate.scores import PERPLEXITY, TaskScore
-from fptq.recipe import PRESETS, Activation, Recipe
+from fptq.presets import PRESETS
+from fptq.recipe import Activation, Recipe
 from fptq.runtime.benchmark import Ceilings, Measurement
 from fptq.runtime.doctor import PACKAGES, Diagnosis
 

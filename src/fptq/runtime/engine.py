@@ -20,7 +20,8 @@ import numpy as np
 from fptq.checkpoint import Checkpoint
 from fptq.errors import EngineError, GenerationError
 from fptq.memory import give_back_memory
-from fptq.runtime.blueprint import Blueprint, blueprint
+from fptq.runtime.architectures import blueprint
+from fptq.runtime.blueprint import Blueprint
 from fptq.runtime.decoder import MAX_ROWS, PREFILL_ROWS, Decoder, Run, make_decoder
 from fptq.runtime.kernels import Kernels
 from fptq.runtime.kv_cache import PageCache, Sequence, whole_pages

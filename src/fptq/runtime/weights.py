@@ -11,7 +11,8 @@ import numpy as np
 from fptq.checkpoint import Checkpoint, KVScales, LayerScheme
 from fptq.errors import CheckpointError, UnsupportedModelError
 from fptq.recipe import Activation
-from fptq.runtime.blueprint import Block, Blueprint, Linear, Norm, blueprint
+from fptq.runtime.architectures import blueprint
+from fptq.runtime.blueprint import Block, Blueprint, Linear, Norm
 from fptq.runtime.kernels import FLOAT_BITS, Kernels, Weights
 from fptq.runtime.reference import PANEL_CHANNELS
 from fptq.shards import TensorEntry

@@ -14,11 +14,11 @@ from transformers.activations import ACT2FN
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from fptq.errors import CheckpointError, UnsupportedModelError
-from fptq.runtime import blueprint as blueprints
-from fptq.runtime import reference
-from fptq.runtime.blueprint import Blueprint, blueprint
+from fptq.runtime import architectures, reference
+from fptq.runtime.architectures import blueprint
+from fptq.runtime.blueprint import Blueprint
 
-KINDS = sorted(blueprints._TABLE)
+KINDS = sorted(architectures._TABLE)
 POSITIONS = (64, 4097)  # on both sides of trained lengths
 
 
@@ -52,7 +52,7 @@ def test_defaults_are_those_of_transformers(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_planted_faults_in_the_table_are_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every default of the table is one that the test above sees, or that only another value brings into play."""
-    make, defaults = blueprints._TABLE[kind]
+    make, defaults = architectures._TABLE[kind]
     wanted = parts(of_transformers(kind, {}))
     unseen = {  # without what makes them matter
         "sliding_window": kind in ("qwen2", "qwen3"),
@@ -67,7 +67,7 @@ def test_planted_faults_in_the_table_are_found(kind: str, monkeypatch: pytest.Mo
             other = not value
         elif not isinstance(value, str):
             other = value * 2
-        monkeypatch.setitem(blueprints._TABLE, kind, (make, {**defaults, name: other}))
+        monkeypatch.setitem(architectures._TABLE, kind, (make, {**defaults, name: other}))
         try:
             assert parts(blueprint({"model_type": kind})) != wanted, name
         except UnsupportedModelError:
@@ -179,7 +179,7 @@ def test_reading_leaves_the_config_as_it_is() -> None:
     assert config == before
 
 
-@pytest.mark.parametrize("name", blueprints.ACTIVATIONS)
+@pytest.mark.parametrize("name", architectures.ACTIVATIONS)
 def test_activations_are_those_of_transformers(name: str) -> None:
     """The variants of the tanh approximation differ in a constant's last digits, and torch computes in float32.
 
@@ -187,7 +187,7 @@ def test_activations_are_those_of_transformers(name: str) -> None:
     """
     x = np.linspace(-10, 10, 4001, dtype=np.float32)[None]
     wanted = ACT2FN[name](torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(reference.activate(blueprints.ACTIVATIONS[name], x, None), wanted, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(reference.activate(architectures.ACTIVATIONS[name], x, None), wanted, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("heads", range(1, 41))
