@@ -1,116 +1,20 @@
-"""The server as its clients see it: OpenAI's own, rude ones, and a browser."""
+"""The server as its clients see it: OpenAI's own, and a browser."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import http.client
 import json
-import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from fptq.cli import main
 from fptq.runtime.engine import Engine
 from fptq.runtime.sampling import Sampling
-from test_engine import checkpoint_of
+from serving import GREEDY, MESSAGES, Server, alone, alone_chat, running
 
 openai = pytest.importorskip("openai")
-prometheus = pytest.importorskip("prometheus_client.parser")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-MESSAGES = [{"role": "user", "content": "w5 w6 w7"}]
-GREEDY = {"model": "tiny", "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = checkpoint_of(tmp_path_factory.mktemp("serve"), "llama", max_position_embeddings=4096)
-    (folder / "generation_config.json").write_text('{"eos_token_id": 1000}')  # texts don't end by themselves
-    return folder
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen
-    url: str
-    log: Path
-
-    @property
-    def port(self) -> int:
-        return int(self.url.rsplit(":", 1)[1])
-
-    def client(self, key: str = "none") -> Any:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
-
-    def ask(
-        self, method: str, path: str, body: bytes | str | None = None, **headers: str
-    ) -> tuple[int, Any, http.client.HTTPMessage]:
-        """Send anything at all; return status, body and headers."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        kind = {"Content-Type": "application/json"} if body is not None else {}
-        connection.request(method, path, body, {**kind, **headers})
-        response = connection.getresponse()
-        text = response.read().decode()
-        connection.close()
-        return response.status, json.loads(text) if text.startswith(("{", "[")) else text, response.headers
-
-    def metric(self, name: str, **labels: str) -> float:
-        text = self.ask("GET", "/metrics")[1]
-        families = prometheus.text_string_to_metric_families(text)
-        samples = [s for family in families for s in family.samples if s.name == name]
-        return sum(s.value for s in samples if labels.items() <= s.labels.items())
-
-    def wait_until_idle(self) -> None:
-        end = time.monotonic() + 120
-        while self.metric("fptq_running_texts") or self.metric("fptq_waiting_texts"):
-            assert time.monotonic() < end, "a text keeps its place"
-            time.sleep(0.05)
-
-
-@contextmanager
-def running(folder: Path, *options: str) -> Iterator[Server]:
-    log = folder.parent / f"server{len(list(folder.parent.glob('*.log')))}.log"
-    program = "import sys; from fptq.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, "serve", str(folder), "--port", "0", "--model-name", "tiny", *options]
-    with log.open("w") as said, subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT) as process:
-        try:
-            while not (found := re.search(r"tiny at (http://127\.0\.0\.1:\d+)", log.read_text())):
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.05)
-            yield Server(process, found[1], log)
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
-    with running(folder, "--threads", "2", "--parallel", "8", "--max-waiting", "100") as server:
-        yield server
-        server.wait_until_idle()
-        assert "Traceback" not in server.log.read_text()
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[Engine]:
-    with Engine.open(folder, threads=1) as engine:
-        yield engine
-
-
-def alone(engine: Engine, prompt: str, tokens: int = 12, **options: Any) -> str:
-    pieces = engine.generate(engine.tokenizer.encode(prompt), max_new_tokens=tokens, **options)
-    return "".join(piece.text for piece in pieces)
 
 
 def test_models(server: Server) -> None:
@@ -146,9 +50,9 @@ def test_several_prompts_and_answers(server: Server, engine: Engine) -> None:
 
 
 def test_the_model_says_how_to_choose_what_a_client_does_not(
-    folder: Path, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    served: Path, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed = shutil.copytree(folder, tmp_path / "q")
+    changed = shutil.copytree(served, tmp_path / "q")
     config = {"eos_token_id": 1000, "temperature": 1.5, "top_k": 9, "repetition_penalty": 1.2, "do_sample": True}
     (changed / "generation_config.json").write_text(json.dumps(config))
     with running(changed) as server:
@@ -332,77 +236,6 @@ def test_a_form_of_another_web_page_is_refused(server: Server) -> None:
     assert (got, "application/json" in answer["error"]["message"]) == (415, True)
 
 
-def raw_request(server: Server, body: dict[str, object]) -> socket.socket:
-    text = json.dumps({"model": "tiny", "prompt": "w1", "temperature": 0, **body})
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
-    connection.sendall(f"{head}\r\n\r\n{text}".encode())
-    return connection
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_cut_connection_frees_its_place(server: Server, stream: bool) -> None:
-    before = server.metric("fptq_written_tokens_total")
-    connections = [raw_request(server, {"max_tokens": 4000, "stream": stream}) for _ in range(20)]
-    while server.metric("fptq_running_texts") < 8:
-        time.sleep(0.02)
-    for connection in connections:
-        connection.close()
-    server.wait_until_idle()
-    assert server.metric("fptq_written_tokens_total") - before < 20 * 4000
-
-
-def test_a_cut_body_is_no_request(server: Server) -> None:
-    connection = socket.create_connection(("127.0.0.1", server.port))
-    connection.sendall(
-        b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"'
-    )
-    connection.close()
-    assert server.ask("GET", "/health")[1]["status"] == "ok"
-
-
-def test_slow_readers_hold_nobody_up(server: Server, engine: Engine) -> None:
-    slow = [raw_request(server, {"max_tokens": 1500, "stream": True, "logprobs": 20}) for _ in range(12)]
-    server.wait_until_idle()  # nobody has read a byte
-    assert server.client().completions.create(prompt="w1 w2", max_tokens=12, **GREEDY).choices[0].text == alone(
-        engine, "w1 w2"
-    )
-    for connection in slow:
-        received = b""
-        while not received.endswith(b"0\r\n\r\n"):
-            part = connection.recv(1 << 20)
-            assert part
-            received += part
-        assert received.count(b"data: {") == 1500
-        assert b"data: [DONE]" in received
-        connection.close()
-
-
-def test_under_load_each_gets_its_own_text(server: Server, engine: Engine) -> None:
-    """Clients that read and clients that leave, long and short: nothing fails, and every text is what it is alone."""
-    prompts = [f"w{i} w{i + 1}" for i in range(10)]
-    wanted = {prompt: alone(engine, prompt, 40) for prompt in prompts}
-
-    def ask(i: int) -> bool:
-        prompt = prompts[i % len(prompts)]
-        if i % 5 == 4:
-            raw_request(server, {"max_tokens": 500, "stream": True}).close()
-            return True
-        with server.client() as client:
-            if i % 2:
-                return (
-                    client.completions.create(prompt=prompt, max_tokens=40, **GREEDY).choices[0].text == wanted[prompt]
-                )
-            stream = client.completions.create(prompt=prompt, max_tokens=40, stream=True, **GREEDY)
-            return "".join(chunk.choices[0].text for chunk in stream) == wanted[prompt]
-
-    with concurrent.futures.ThreadPoolExecutor(40) as pool:
-        assert all(pool.map(ask, range(200)))
-    server.wait_until_idle()
-    files = psutil.Process(server.process.pid).num_fds()
-    assert files < 60, "connections stay open"
-
-
 def test_metrics(server: Server) -> None:
     before = {name: server.metric(name) for name in ("fptq_prompt_tokens_total", "fptq_written_tokens_total")}
     counted = server.metric("fptq_requests_total", path="/v1/completions", status="200")
@@ -416,8 +249,8 @@ def test_metrics(server: Server) -> None:
     assert server.metric("fptq_cache_tokens") == 4 * 4096
 
 
-def test_a_key_is_needed_for_the_model_alone(folder: Path) -> None:
-    with running(folder, "--api-key", "secret", "--allow-origin", "http://page.example") as server:
+def test_a_key_is_needed_for_the_model_alone(served: Path) -> None:
+    with running(served, "--api-key", "secret", "--allow-origin", "http://page.example") as server:
         assert [model.id for model in server.client("secret").models.list()] == ["tiny"]
         for key in ("wrong", "secrets", "é"):
             got, answer, headers = server.ask(
@@ -433,107 +266,6 @@ def test_a_key_is_needed_for_the_model_alone(folder: Path) -> None:
         assert preflight[2]["Access-Control-Allow-Origin"] == "http://page.example"
         other = server.ask("OPTIONS", "/v1/completions", Origin="http://other.example", **asks)
         assert "Access-Control-Allow-Origin" not in other[2]
-
-
-def test_limits(folder: Path) -> None:
-    limits = ["--parallel", "1", "--max-waiting", "1", "--time-limit", "2", "--max-prompt-tokens", "50"]
-    with running(folder, *limits, "--max-new-tokens", "3900", "--cache-tokens", "4096") as server:
-        client = server.client()
-        with pytest.raises(openai.BadRequestError, match="a prompt may have 50"):
-            client.completions.create(prompt="w1 " * 60, **GREEDY)
-        with pytest.raises(openai.BadRequestError, match="max_tokens 3901: at most 3900"):
-            client.completions.create(prompt="w1", max_tokens=3901, **GREEDY)
-        server.process.send_signal(signal.SIGSTOP)  # so that it can't be quicker than its clients
-        late = [raw_request(server, {"max_tokens": 3900}) for _ in range(3)]
-        time.sleep(0.5)
-        server.process.send_signal(signal.SIGCONT)
-        statuses = [http_status(connection) for connection in late]
-        assert statuses.count(503) == 1, statuses
-        assert {*statuses} <= {200, 503, 504}
-
-
-def http_status(connection: socket.socket) -> int:
-    response = http.client.HTTPResponse(connection)
-    response.begin()
-    status = response.status
-    connection.close()
-    return status
-
-
-def test_a_late_stream_ends_with_an_error(folder: Path) -> None:
-    with running(folder, "--time-limit", "0.05") as server:
-        stream = server.client().completions.create(prompt="w1", max_tokens=4000, stream=True, **GREEDY)
-        with pytest.raises(openai.APIError, match="isn't finished in time"):
-            list(stream)
-        with pytest.raises(openai.InternalServerError, match="isn't finished in time") as caught:
-            server.client().completions.create(prompt="w1", max_tokens=4000, **GREEDY)
-        assert caught.value.response.headers["X-Should-Retry"] == "false"
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_finishes_what_runs(folder: Path, number: signal.Signals) -> None:
-    with running(folder) as server:
-        stream = server.client().completions.create(prompt="w1", max_tokens=2000, stream=True, **GREEDY)
-        next(iter(stream))
-        server.process.send_signal(number)
-        chunks = list(stream)
-        assert chunks[-1].choices[0].finish_reason == "length"
-        assert server.process.wait(30) == 0
-        assert "Traceback" not in server.log.read_text()
-
-
-def test_it_stops_in_time_even_if_something_runs(folder: Path) -> None:
-    with running(folder, "--drain", "1", "--context", "4000") as server:
-        connection = raw_request(server, {"max_tokens": 3900, "n": 16, "stream": True})
-        connection.recv(100)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(30) == 0
-        connection.close()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--parallel", "0"], "0 texts at a time"),
-        (["--max-waiting", "-1"], "a line of -1 texts"),
-        (["--time-limit", "0"], "--time-limit 0.0: needed more than 0"),
-        (["--max-new-tokens", "-3"], "--max-new-tokens -3: needed more than 0"),
-        (["--cache-tokens", "5"], "a cache of 5 tokens: needed at least the context"),
-        (["--host", "256.1.1.1"], "can't listen at 256.1.1.1"),
-        (["--", "--dtype", "float32"], "'-- --dtype float32' is for --backend vllm"),
-        (["--backend", "vllm"], "needs vLLM in this environment"),
-        (["--backend", "vllm", "--drain", "5"], "--drain is for our engine"),
-    ],
-)
-def test_options_that_cannot_be(
-    folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["serve", str(folder), *options]) == 1
-    assert message in capsys.readouterr().err
-
-
-def test_a_port_in_use(folder: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", str(folder), "--port", str(server.port)]) == 1
-    assert f"can't listen at 127.0.0.1, port {server.port}: Address already in use" in capsys.readouterr().err
-
-
-def test_vllm_gets_folder_and_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[list[str]] = []
-
-    def become(_: str, command: list[str]) -> None:
-        called.append(command)
-        raise SystemExit
-
-    monkeypatch.setattr("os.execv", become)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    options = ["--context", "2048", "--parallel", "4", "--api-key", "secret", "--", "--dtype", "float32"]
-    with pytest.raises(SystemExit):
-        main(["serve", str(folder), "--backend", "vllm", *options])
-    command = " ".join(called[0])
-    assert command.endswith("--max-num-seqs 4 --max-model-len 2048 --dtype float32")
-    assert f"serve {folder} --served-model-name {folder.name} --host 127.0.0.1 --port 8000" in command
-    assert "secret" not in command
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)")
@@ -576,8 +308,3 @@ def test_chat_page(server: Server, engine: Engine, width: int) -> None:
         assert page.input_value("#text") == "w9"
         browser.close()
     assert [m for m in mistakes if "400 (Bad Request)" not in m] == []
-
-
-def alone_chat(engine: Engine, tokens: int) -> str:
-    pieces = engine.generate(engine.tokenizer.chat(MESSAGES), max_new_tokens=tokens)
-    return "".join(piece.text for piece in pieces)
