@@ -24,7 +24,7 @@ from fptq.quantize.calibration import load_calibration
 from fptq.quantize.equalize import equalize_
 from fptq.quantize.fisher import FisherInformation
 from fptq.quantize.float_run import FloatRun
-from fptq.quantize.gptq import Compensation, round_gptq
+from fptq.quantize.gptq import Compensation, _next_rows, round_gptq
 from fptq.quantize.observe import Wanted, observing
 from fptq.quantize.policy import decide
 from fptq.recipe import Recipe, Role
@@ -147,7 +147,7 @@ class TestRounding:
 
     def test_it_is_gptq_on_the_whole_matrix_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Row by row, it is GPTQ of all weights as one row, with the Kronecker product for a Gram matrix."""
-        monkeypatch.setattr("fptq.quantize.gptq._ROWS", 1)
+        monkeypatch.setattr("fptq.quantize.gptq._ROWS", (1,))
         _, scales = numerics.quantize_weight(self.weight, 32)
         inputs, outputs = Compensation.of(self.gram), Compensation.of(self.output_gram)
         order = (32 * outputs.order[:, None] + inputs.order).reshape(-1)
@@ -163,11 +163,20 @@ class TestRounding:
         errors = {}
         for rows in (1, 8):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("fptq.quantize.gptq._ROWS", rows)
+                patch.setattr("fptq.quantize.gptq._ROWS", (rows,))
                 outputs = [Compensation.of(self.output_gram)]
                 errors[rows] = self.error(round_gptq(self.weight, inputs, scales, 4, outputs), scales)
         assert errors[1] < 0.6 * self.error(plain, scales)
         assert errors[8] < 0.9 * self.error(plain, scales)
+
+    def test_the_less_rows_share_the_more_go_together(self) -> None:
+        distance = (torch.arange(64.0) - torch.arange(64.0)[:, None]).abs()
+        sizes = []
+        for share in (0.0, 0.05, 0.105, 0.9):
+            rows = _next_rows(Compensation.of(share**distance, damping=1e-6).factor, 0)
+            sizes.append(rows.stop - rows.start)
+        assert sizes == [32, 32, 8, 4]
+        assert _next_rows(torch.eye(40), 32) == slice(32, 40)
 
     def test_independent_outputs_change_nothing(self) -> None:
         _, scales = numerics.quantize_weight(self.weight, 32)
@@ -252,6 +261,26 @@ def test_it_changes_codes_and_only_what_follows_from_them(tmp_path: Path) -> Non
     assert plain.read(f"{layer}.weight_scale").shape == ours.read(f"{layer}.weight_scale").shape
     assert ours.record["recipe"]["fisher_samples"] == 5
     assert list(ours.verify())
+
+
+def test_descent_changes_some_codes_and_no_scale(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", spread=0.5)
+    plain, ours = (
+        Checkpoint.open(quantize(str(model), tmp_path / str(rounds), recipe(descent_rounds=rounds), DATA, QUIET))
+        for rounds in (0, 2)
+    )
+    moved = {}
+    for layer in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
+        before, after = (checkpoint.read_linear(f"model.layers.0.{layer}") for checkpoint in (plain, ours))
+        moved[layer] = float((before.codes != after.codes).mean())
+        if layer != "mlp.down_proj":  # its input is of other codes
+            np.testing.assert_array_equal(before.scales, after.scales)
+    assert all(0 < share < 0.3 for share in moved.values()), moved
+    assert list(ours.verify())
+    assert recipe(descent_rounds=2).idle_fields() == recipe().idle_fields()
+    assert "descent_rounds" in recipe(descent_rounds=2, fisher_samples=0).idle_fields()
+    with pytest.raises(QuantizationError, match="descent_rounds -1"):
+        recipe(descent_rounds=-1)
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))

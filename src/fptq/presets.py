@@ -82,9 +82,10 @@ def _presets() -> dict[str, Preset]:
     add(
         "fptq-best-thorough",
         best,
-        "fptq-best on four times the samples, with four times the steps of tuning: --effort thorough",
+        "fptq-best on four times the samples, with four times the steps of tuning, and descent: --effort thorough",
         beyond,
         fisher_samples=256,
+        descent_rounds=3,
         tuning_steps=200,
     )
 

@@ -97,6 +97,8 @@ class Recipe:
             predictions mind errors in each layer's outputs. Tokens then have weights in what is searched and rounded
             by, and GPTQ lets later outputs make up for the errors of earlier ones, too. 0 takes all tokens and outputs
             for equal, and outputs for independent.
+        descent_rounds: how often all codes of GPTQ by Fisher information are gone back to, one after the other, while
+            the others stay (coordinate descent).
         clipping: how far each weight scale shrinks: "learned" finds it by gradient descent on the layer's output error
             (LWC), "search" tries ratios for each group, and gives the step a sign.
         low_rank: rank of the float correction that is added to the weights (ZeroQuant-V2's LoRC).
@@ -128,6 +130,7 @@ class Recipe:
     clusters: int = 32
     rounding: str = "nearest"
     fisher_samples: int = 0
+    descent_rounds: int = 0
     clipping: str = "none"
     low_rank: int = 0
     tuning_steps: int = 0
@@ -158,7 +161,9 @@ class Recipe:
             raise QuantizationError(f"alpha = {self.alpha}: needed a number above 0 and at most {highest}")
         if not 50 <= self.percentile <= 100:
             raise QuantizationError(f"percentile {self.percentile}: needed 50 to 100")
-        least = {"clusters": 1, "low_rank": 0, "tuning_steps": 0, "training_steps": 0, "fisher_samples": 0}
+        least = {"clusters": 1} | dict.fromkeys(
+            ("low_rank", "tuning_steps", "training_steps", "fisher_samples", "descent_rounds"), 0
+        )
         for field, minimum in least.items():
             if getattr(self, field) < minimum:
                 raise QuantizationError(f"{field} {getattr(self, field)}: needed at least {minimum}")
@@ -198,6 +203,8 @@ class Recipe:
             idle.append("dynamic")
         if self.rounding != "gptq":
             idle.append("fisher_samples")
+        if not self.needs_fisher:
+            idle.append("descent_rounds")
         if self.activations != "table2":
             idle.append("outliers")
         if self.activations != "table2" or self.outliers not in ("clip", "winsorize"):
@@ -232,6 +239,11 @@ class Recipe:
     def needs_fisher(self) -> bool:
         """Whether the method weighs errors by the Fisher information of layers' outputs."""
         return self.rounding == "gptq" and self.fisher_samples > 0
+
+    @property
+    def goes_back_to_codes(self) -> bool:
+        """Whether codes are improved once they are found."""
+        return self.needs_fisher and self.descent_rounds > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON-ready values."""

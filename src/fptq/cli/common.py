@@ -74,6 +74,8 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
     add("--equalize-keys", action=argparse.BooleanOptionalAction, help=keys)
     fisher = "with GPTQ: weigh errors by the gradients of so many calibration samples, which takes time (fptq: 0)"
     add("--fisher-samples", type=int, metavar="N", help=fisher)
+    descent = "with --fisher-samples: go back to every code so often, while the others stay (fptq: 0)"
+    add("--descent-rounds", type=int, metavar="N", help=descent)
     tuning = "let weight scales and norms learn the float model's predictions, one calibration sample a step (fptq: 0)"
     add("--tuning-steps", type=int, metavar="N", help=tuning)
     roles = [role.value for role in Role]
@@ -113,6 +115,7 @@ _RECIPE_OPTIONS = (
     "equalize_keys",
     "lm_head",
     "fisher_samples",
+    "descent_rounds",
     "tuning_steps",
     "dynamic",
     "skip",

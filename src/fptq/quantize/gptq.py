@@ -18,7 +18,8 @@ DAMPING = 0.01
 """Share of the mean diagonal of the Gram matrix that is added to it (section 3.3, step 3)."""
 
 _COLUMNS = 128  # that are rounded before the others are updated, all at once (section 3.3, step 2)
-_ROWS = 32  # that are rounded without making up for each other: as many as the native kernel takes at once
+_ROWS = (32, 16, 8, 4)  # that are rounded without making up for each other; the native kernel takes 32 at once
+_MOST_COUPLING = 0.01  # of such rows: how much they could have made up, beside what each has by itself
 _MOST_DAMPING = 100 * DAMPING
 _SMALL_TRIANGLE = 128  # half of one that is inverted as a whole
 
@@ -94,15 +95,27 @@ def _round_rows_in_turn(
     order, factor = outputs.order, outputs.factor
     rest, scales = weight[order], scales[order]
     codes = torch.empty(n, k, dtype=torch.int8)
-    for start in range(0, n, _ROWS):
-        stop = min(n, start + _ROWS)
-        rows = slice(start, stop)
+    stop = 0
+    while stop < n:
+        rows = _next_rows(factor, stop)
+        stop = rows.stop
         part = _round_columns_in_turn(rest[rows], inputs, scales[rows], bits, kernels)
         errors = rest[rows] - numerics.dequantize_weight(part, scales[rows])
         errors = torch.linalg.solve_triangular(factor[rows, rows], errors, upper=False)
         rest[stop:].addmm_(factor[stop:, rows], errors, alpha=-1)
         codes[order[rows]] = part
     return codes
+
+
+def _next_rows(factor: torch.Tensor, start: int) -> slice:
+    """Return as many rows from `start` on as hardly make up for each other's errors, which is what q's and k's do."""
+    for count in _ROWS:
+        rows = slice(start, min(start + count, len(factor)))
+        square = factor[rows, rows].square()
+        alone = float(torch.diagonal(square).sum())
+        if float(square.sum()) - alone <= _MOST_COUPLING * alone:
+            break
+    return rows
 
 
 def _round_columns_in_turn(

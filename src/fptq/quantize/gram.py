@@ -29,6 +29,14 @@ def complete_gram_(gram: torch.Tensor) -> None:
         gram[first + _ROWS :, rows] = gram[rows, first + _ROWS :].T
 
 
+def damped_gram(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return a Gram matrix with a share of its mean diagonal added to the diagonal."""
+    damped = gram.clone()
+    diagonal = torch.diagonal(damped)
+    diagonal += damping * diagonal.mean()
+    return damped
+
+
 def rescale_gram(gram: torch.Tensor, divisors: torch.Tensor | None) -> torch.Tensor:
     """Return the Gram matrix of the same values after channel i was divided by divisors[i]; None for none."""
     return gram if divisors is None else gram / divisors / divisors[:, None]

@@ -14,9 +14,10 @@ from fptq.errors import QuantizationError
 from fptq.models.architectures import InputGroup
 from fptq.quantize.clipping import learn_clipping, search_clipping
 from fptq.quantize.clusters import cluster_steps
+from fptq.quantize.descent import Descent
 from fptq.quantize.equalize import CacheRanges
-from fptq.quantize.gptq import Compensation, round_gptq
-from fptq.quantize.gram import rescale_gram
+from fptq.quantize.gptq import DAMPING, Compensation, round_gptq
+from fptq.quantize.gram import damped_gram, rescale_gram
 from fptq.quantize.observe import BlockStatistics, InputStatistics
 from fptq.quantize.policy import BlockPlan
 from fptq.recipe import Activation, LayerPlan, Recipe
@@ -56,12 +57,17 @@ def round_weights(
         divisors = None if s is None else torch.from_numpy(s)
         gram = rescale_gram(seen.gram, divisors) if planned and seen.gram is not None and recipe.needs_gram else None
         compensation = Compensation.of(gram) if gram is not None and recipe.rounding == "gptq" else None
+        descent = Descent(damped_gram(gram, DAMPING)) if gram is not None and recipe.goes_back_to_codes else None
         for name in planned:
             layer = plan.layers[name]
             weight = block.get_submodule(name).weight.float()
             _check_size(name, weight)
-            outputs = [Compensation.of(matrix) for matrix in (output_grams or {}).get(name, ())]
+            matrices = (output_grams or {}).get(name, ())
+            outputs = [Compensation.of(matrix) for matrix in matrices]
             codes, scales = _round(weight, gram, compensation, outputs, layer, recipe)
+            if descent is not None:
+                damped = [damped_gram(matrix, DAMPING) for matrix in matrices]
+                codes = descent.improve(weight, codes, scales, layer.weight_bits, damped, recipe.descent_rounds)
             static, clusters = (layer.activation is kind for kind in (Activation.STATIC, Activation.CLUSTERS))
             rounded[name] = QuantizedLinear(
                 codes=codes.numpy(),
