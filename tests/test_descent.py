@@ -8,6 +8,7 @@ import torch
 from fptq import numerics
 from fptq.quantize.descent import Descent
 from fptq.quantize.gptq import Compensation, round_gptq
+from fptq.quantize.gram import damped_gram
 
 
 def gram(size: int, seed: int, *, alike: float = 1.0) -> torch.Tensor:
@@ -53,6 +54,13 @@ def test_it_is_coordinate_descent(rows: int, monkeypatch: pytest.MonkeyPatch) ->
     found = Descent(h).improve(weight, codes, scales, 4, [g], 1)
     assert not torch.equal(found, codes)
     assert torch.equal(found, wanted)
+
+
+def test_what_nothing_reads_stays() -> None:
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(7))
+    codes, scales = numerics.quantize_weight(weight, 32, 4)
+    nothing = [damped_gram(torch.zeros(size, size), 0.01) for size in (32, 8)]
+    assert torch.equal(Descent(nothing[0]).improve(weight, codes, scales, 4, [nothing[1]], 2), codes)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

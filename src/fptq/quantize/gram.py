@@ -30,10 +30,10 @@ def complete_gram_(gram: torch.Tensor) -> None:
 
 
 def damped_gram(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return a Gram matrix with a share of its mean diagonal added to the diagonal."""
+    """Return a Gram matrix with a share of its mean diagonal added to the diagonal, 1 if it is all zeros."""
     damped = gram.clone()
     diagonal = torch.diagonal(damped)
-    diagonal += damping * diagonal.mean()
+    diagonal += damping * float(diagonal.mean()) or 1.0
     return damped
 
 
