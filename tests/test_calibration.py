@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fptq.errors import CalibrationError
-from fptq.models.text import beginning_of_sequence, hub_documents, hub_text
+from fptq.models.text import JSONLines, beginning_of_sequence, hub_documents, hub_text
 from fptq.quantize.calibration import CalibrationSpec, load_calibration
 from tokens import save_tokenizer
 
@@ -73,12 +73,31 @@ def test_text_files_are_cut_into_pieces(tmp_path: Path) -> None:
     assert len(np.unique(tokens)) > 5  # from all over the book
 
 
-def test_less_text_gives_fewer_samples(tmp_path: Path) -> None:
+def test_less_text_gives_fewer_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "short.txt"
     path.write_text(" ".join(["w1"] * 40))
     data = load_calibration(spec(path, length=8), save_tokenizer(tmp_path, bos=False), 160)
-    assert data.tokens.shape[0] == 1
-    assert data.describe()["samples"] == 1
+    assert data.tokens.shape[0] == 5
+    assert data.describe()["samples"] == 5
+    assert "too short for 8 samples of 8 tokens: it gives 5" in caplog.text
+
+
+@pytest.mark.parametrize("between", [" \n \n ", "\n", " ", "\n\n"])
+def test_text_of_any_layout_gives_its_samples(between: str, tmp_path: Path) -> None:
+    """WikiText's raw files have a space in blank lines; others a paragraph a line, or no line breaks at all."""
+    path = tmp_path / "book.txt"
+    path.write_text(between.join(" ".join([f"w{i % 150}"] * 20) for i in range(400)))
+    tokens = load_calibration(spec(path, 100, 64), save_tokenizer(tmp_path, bos=False), 160).tokens
+    assert tokens.shape == (100, 64)  # of 125 that there could be
+    assert len(np.unique(tokens)) > 100
+
+
+def test_a_file_of_lines_is_read_line_by_line(documents: Path) -> None:
+    texts = JSONLines(documents)
+    lines = documents.read_text().splitlines()
+    assert [texts[i] for i in (7, 0, 59)] == [json.loads(lines[i])["text"] for i in (7, 0, 59)]
+    assert list(texts) == [json.loads(line)["text"] for line in lines]
+    assert len(texts) == 60
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,17 @@ class TestSearchedScale:
             assert all(best < 1.05 * self.error(s, static=static) for s in published)
             assert best < 0.8 * self.error(torch.ones(64), static=static)
 
+    def test_a_layer_counts_by_all_its_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not by those that are looked at, which are as many of each."""
+        other = torch.randn(32, 64, generator=torch.Generator().manual_seed(6))
+        other *= torch.linspace(0.05, 2, 64).roll(20)  # wants another scale
+        weights = [self.weight.repeat_interleave(8, dim=0), other]
+        x, largest = self.x, torch.cat(weights).abs().amax(0).numpy()
+        given = x.abs().amax(0).numpy(), x.square().mean(0).sqrt().numpy(), largest, weights, x.T @ x, len(x), 32, 4
+        exact = search_scale(*given, activation=Activation.NONE)
+        monkeypatch.setattr("fptq.quantize.equalize._SEARCH_WEIGHTS", 32 * 64)
+        np.testing.assert_array_equal(search_scale(*given, activation=Activation.NONE), exact)
+
     def test_int8_inputs_move_more_of_the_range_into_the_weight(self) -> None:
         def spread(activation: Activation) -> float:
             channels = (x / self.search(x, activation, weight)).abs().amax(0)

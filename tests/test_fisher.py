@@ -26,9 +26,9 @@ from fptq.quantize.fisher import FisherInformation
 from fptq.quantize.float_run import FloatRun
 from fptq.quantize.gptq import Compensation, _next_rows, round_gptq
 from fptq.quantize.observe import Wanted, observing
-from fptq.quantize.policy import decide
+from fptq.quantize.policy import decide, layer_formats
 from fptq.recipe import Recipe, Role
-from quantizing import QUIET
+from quantizing import QUIET, spoil_weight
 from tiny import VARIANTS, correlated_inputs, save_tiny, token_ids
 
 DATA = CalibrationSpec("random", samples=6, length=24)
@@ -45,7 +45,7 @@ def information(model: Path, folder: Path) -> FisherInformation:
     (folder / "run").mkdir()
     float_run = FloatRun(source, tokens, folder / "run", kept=len(tokens))
     float_run.compute(progress=False)
-    return FisherInformation(source, tokens, float_run, folder)
+    return FisherInformation(source, tokens, float_run, folder, set(layer_formats(source, recipe())))
 
 
 @contextmanager
@@ -297,6 +297,30 @@ def test_gradients_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(QuantizationError, match="gradient of its input has NaN"):
         quantize(str(model), tmp_path / "q", recipe(), DATA, QUIET)
     assert not list(tmp_path.glob("q*"))
+
+
+def test_an_infinite_likelihood_is_refused(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", spread=0.5)
+    spoil_weight(model, "model.norm.weight", 3e38)
+    with pytest.raises(QuantizationError, match=r"the output head: its output has NaN or infinite"):
+        quantize(str(model), tmp_path / "q", recipe(), DATA, QUIET)
+    assert not list(tmp_path.glob("q*"))
+
+
+def test_layers_that_stay_in_float_have_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_tiny(tmp_path / "model", spread=0.5)
+    made: list[dict[str, list[torch.Tensor]]] = []
+    original = FisherInformation.output_grams
+
+    def kept(*args: Any) -> dict[str, list[torch.Tensor]]:
+        made.append(original(*args))
+        return made[-1]
+
+    monkeypatch.setattr(FisherInformation, "output_grams", kept)
+    quantize(str(model), tmp_path / "q", recipe(skip=("*.0.mlp.*", "*.k_proj")), DATA, QUIET)
+    attention = {"self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj"}
+    assert made[0].keys() == attention
+    assert made[1].keys() == attention | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
 
 
 def test_recipes_without_gptq_make_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,8 +128,30 @@ def test_searched_clipping_is_each_groups_best_ratio(size: int) -> None:
     torch.testing.assert_close(found, found.bfloat16().float(), rtol=0, atol=0)
     assert float(search_clipping(torch.zeros(2, 64), x.T @ x, 32, 4).min()) == 1.0
     plain = numerics.quantize_weight(weight, size)[1]
+    silent = torch.zeros(64, 64)  # no inputs: nothing speaks for clipping
+    torch.testing.assert_close(search_clipping(weight, silent, size, 4).abs(), plain, rtol=0, atol=0)
     incomparable = search_clipping(weight, torch.full((64, 64), torch.inf), size, 4)
     torch.testing.assert_close(incomparable.abs(), plain, rtol=0, atol=0)
+
+
+def test_a_search_over_long_rows_looks_at_pieces_of_their_gram_matrix() -> None:
+    weight = torch.randn(3, 1100, generator=torch.Generator().manual_seed(3))
+    x = correlated_inputs(1100)
+    gram = x.T @ x
+    pieces = torch.block_diag(*(gram[start : start + 512, start : start + 512] for start in range(0, 1100, 512)))
+    found = search_clipping(weight, gram, 1100, 8)
+
+    def error(ratio: float, row: int) -> float:
+        w = weight[row]
+        sign = -1 if w.max() == w.abs().max() else 1
+        scale = sign * numerics.scale_from_absmax(ratio * w.abs().max(), 8)
+        difference = (w / scale).round().clamp(-128, 127) * scale - w
+        return float(difference @ pieces @ difference)
+
+    for row in range(3):
+        best = min(CLIPPING_RATIOS, key=lambda ratio: error(ratio, row))
+        expected = float(numerics.scale_from_absmax(best * weight[row].abs().max(), 8))
+        assert abs(float(found[row, 0])) == pytest.approx(expected, rel=1e-2)
 
 
 def test_low_rank_correction_is_the_best_of_its_rank() -> None:
@@ -220,7 +242,10 @@ def test_percentiles_and_gram_come_from_all_tokens() -> None:
     block = torch.nn.Sequential(layer)
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9)
     group = InputGroup(Role.QKV, ("0",), None, "none")
-    with observing(block, [group], Wanted(gram=True, percentile=95, tokens=300)) as statistics, torch.no_grad():
+    with (
+        observing(block, [group], Wanted(gram=True, mean=True, percentile=95, tokens=300)) as statistics,
+        torch.no_grad(),
+    ):
         for part in x.split(70):
             block(part)
     seen = statistics.inputs["0"]

@@ -9,18 +9,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
 from fptq.checkpoint import RECORD_FILE, Checkpoint
-from fptq.errors import FPTQError, OutputError
+from fptq.errors import FPTQError, KernelError, ModelError, OutputError, QuantizationError
 from fptq.presets import get_recipe
-from fptq.quantize import Options, quantize
+from fptq.quantize import CalibrationSpec, Options, quantize
+from fptq.quantize.observe import BlockStatistics
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import Workspace
+from fptq.recipe import PER_CHANNEL
 from fptq.shards import write_durably
 from quantizing import QUIET, RANDOM, SMALL_GROUPS, KilledError, files
+from tiny import save_tiny
 
 
 def test_the_same_command_again_changes_nothing(llama: Path, tmp_path: Path) -> None:
@@ -260,6 +264,68 @@ def test_a_disk_that_fills_up_leaves_a_job_to_go_on_with(
             quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
     assert not (tmp_path / "q").exists()
     assert files(quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)) == files(finished)
+
+
+@pytest.mark.parametrize(
+    ("error", "block", "stays"),
+    [
+        (ModelError("damaged"), 2, False),
+        (QuantizationError("not finite"), 2, False),
+        (KernelError("no threads"), 2, True),
+        (OSError("a disk that is gone for a while"), 2, True),
+    ],
+)
+def test_what_is_done_survives_an_error_but_of_bad_input(
+    error: Exception,
+    block: int,
+    stays: bool,
+    llama: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = CalibrationWalk.observe
+
+    def failing(walk: CalibrationWalk, index: int, *rest: Any) -> BlockStatistics:
+        if index == block:
+            raise error
+        return original(walk, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CalibrationWalk, "observe", failing)
+        with pytest.raises(FPTQError, match=str(error)):
+            quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    assert [path.name for path in tmp_path.glob("q*") if path.is_dir()] == ["q.partial"] * stays
+    assert files(quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)) == files(finished)
+
+
+def test_an_unknown_kernel_is_told_before_any_work(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FPTQ_KERNEL", "avx1024")
+    with pytest.raises(KernelError, match="no kernel 'avx1024'"):
+        quantize(str(llama), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [{}, {"skip": ("*.1.*",)}, {"group_size": PER_CHANNEL}, {"weight_bits": 8}])
+def test_the_room_that_is_asked_for_is_what_it_takes(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the headers, records and statistics, which it leaves out."""
+    model = save_tiny(tmp_path / "model", hidden_size=256, intermediate_size=512)
+    asked, taken = [], []
+    original = Workspace.publish
+
+    def publish(workspace: Workspace, finished: Path) -> None:
+        taken.append(sum(path.stat().st_size for path in workspace.folder.rglob("*.safetensors")))
+        original(workspace, finished)
+
+    monkeypatch.setattr(Workspace, "require_space", lambda _, size, __: asked.append(size))
+    monkeypatch.setattr(Workspace, "publish", publish)
+    quantize(str(model), tmp_path / "q", get_recipe("fptq", **change), CalibrationSpec("random", 1, 2), QUIET)
+    (asked_for,), (safetensors,) = asked, taken
+    assert 0.85 * safetensors < asked_for < 1.05 * safetensors
 
 
 def test_two_processes_do_not_share_a_working_folder(llama: Path, tmp_path: Path) -> None:

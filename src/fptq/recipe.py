@@ -231,6 +231,11 @@ class Recipe:
         return self.rounding == "gptq" or self.clipping != "none" or self.equalization in ("awq", "search")
 
     @property
+    def needs_mean(self) -> bool:
+        """Whether the method needs each channel's mean |x|."""
+        return self.equalization == "awq"
+
+    @property
     def equalizes_keys(self) -> bool:
         """Whether the channels of the keys are equalized: only an int8 cache has a step that they share."""
         return self.equalize_keys and self.kv_cache == "int8"

@@ -122,6 +122,8 @@ def read_tensor(path: Path, entry: TensorEntry) -> np.ndarray:
     with path.open("rb") as file:
         file.seek(entry.start)
         data = np.fromfile(file, dtype=np.uint8, count=entry.stop - entry.start)
+    if data.size < entry.stop - entry.start:
+        raise OutputError(f"{path}: got shorter while it was read")
     return data.view(entry.dtype).reshape(entry.shape)
 
 

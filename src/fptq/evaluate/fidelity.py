@@ -22,7 +22,7 @@ from fptq.evaluate.requests import Request, answer
 from fptq.integrations.transformers import W4A8Linear, crop_cache
 from fptq.models.loading import cache_argument
 from fptq.models.stepping import empty_cache
-from fptq.models.text import read_jsonl
+from fptq.models.text import JSONLines
 from fptq.progress import progress_bar
 from fptq.runtime.engine import Engine
 from fptq.runtime.sampling import Sampling
@@ -378,7 +378,7 @@ def read_lambada(path: Path, limit: int | None) -> list[str]:
         EvaluationError: there are none.
         TextError: it can't be read.
     """
-    texts = list(islice(read_jsonl(path), limit))
+    texts = list(islice(JSONLines(path), limit))
     if not texts:
         raise EvaluationError(f"{path}: has no examples")
     return texts

@@ -150,7 +150,7 @@ class FloatModel:
             ModelError: it has a NaN or an infinity.
         """
         tensor = self.tensors.read(self.file_names[name])
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not is_finite(tensor):
             count = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
                 f"{self.location}: tensor '{name}' has {count} values that are NaN or infinite; fetch it again"
@@ -377,6 +377,11 @@ def load_tokenizer(location: Path) -> Any | None:
     # the Rust tokenizers raise bare Exceptions
     except Exception as cause:
         raise ModelError(f"{location}: its tokenizer can't be read ({cause}); fetch it again") from cause
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Return whether there is no NaN and no infinity; as a rule the sum tells, which is many times as fast to have."""
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(torch.isfinite(values).all())
 
 
 def tied_names(model: nn.Module) -> set[str]:

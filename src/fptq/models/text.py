@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,43 +30,77 @@ def local_text(source: str) -> Path | None:
     return path if path.exists() or ending or source.count("/") != 1 or source[0] in "./~" else None
 
 
-def read_documents(path: Path, piece_characters: int) -> Iterator[str]:
-    """Yield the documents of a `.jsonl` file, or a text file in pieces cut at blank lines.
+def cut_text(path: Path, characters: int) -> Iterator[str]:
+    """Yield a text file in pieces of about so many characters, cut at blank lines.
 
-    A text file's pieces have about `piece_characters`, so that a choice among them covers the file.
+    Paragraphs of more than twice as many are cut, too: at line breaks, or else at spaces.
 
     Raises:
-        TextError: the file can't be read, or a line has no text.
+        TextError: the file can't be read.
     """
-    if path.suffix == ".jsonl":
-        yield from read_jsonl(path)
-        return
     piece = ""
-    for paragraph in read_text(path).split("\n\n"):
-        piece += paragraph + "\n\n"
-        if len(piece) >= piece_characters:
-            yield piece.strip()
-            piece = ""
+    for paragraph in re.split(r"\n[ \t]*\n", read_text(path)):
+        for part in _cut(paragraph, 2 * characters):
+            piece += part + "\n\n"
+            if len(piece) >= characters:
+                yield piece.strip()
+                piece = ""
     if piece.strip():
         yield piece.strip()
 
 
-def read_jsonl(path: Path) -> Iterator[str]:
-    """Yield the "text" field of every line of a JSON lines file.
+def _cut(text: str, most: int) -> Iterator[str]:
+    """Yield parts of `most` characters at most, and all but the last of half as many at least."""
+    start = 0
+    while len(text) - start > most:
+        middle, end = start + most // 2, start + most
+        cuts = (text.rfind(separator, middle, end) for separator in "\n ")
+        stop = next((cut for cut in cuts if cut >= 0), end)
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+class JSONLines:
+    """The "text" fields of a JSON lines file, read when they are asked for: the file may be larger than the memory.
 
     Raises:
-        TextError: the file can't be read, or a line has no text.
+        TextError: the file can't be read; asked for a text: its line has none.
     """
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._lines: list[tuple[int, int]] = []  # number, and first byte
+        start = 0
         try:
-            document = json.loads(line)["text"]
+            with path.expanduser().open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        self._lines.append((number, start))
+                    start += len(line)
+        except OSError as cause:
+            raise TextError(f"{path}: can't be read ({cause})") from cause
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> str:
+        number, start = self._lines[index]
+        try:
+            with self._path.expanduser().open("rb") as file:
+                file.seek(start)
+                line = file.readline().decode("utf-8")
+            text = json.loads(line)["text"]
+        except (OSError, UnicodeDecodeError) as cause:
+            raise TextError(f"{self._path}: can't be read as UTF-8 text ({cause})") from cause
         except (ValueError, KeyError, TypeError) as cause:
-            raise TextError(f'{path}, line {number}: needed a JSON object with a "text" field') from cause
-        if not isinstance(document, str):
-            raise TextError(f'{path}, line {number}: "text" is {type(document).__name__}, needed a string')
-        yield document
+            raise TextError(f'{self._path}, line {number}: needed a JSON object with a "text" field') from cause
+        if not isinstance(text, str):
+            raise TextError(f'{self._path}, line {number}: "text" is {type(text).__name__}, needed a string')
+        return text
 
 
 def read_text(path: Path) -> str:

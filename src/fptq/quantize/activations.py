@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fptq.errors import OutputError, QuantizationError
+from fptq.models.loading import is_finite
 
 _BATCH_TOKENS = 2048
 
@@ -81,7 +82,7 @@ def require_finite(states: torch.Tensor, block: str, start: int, what: str = "it
     Raises:
         QuantizationError: it has a NaN or an infinity; `hint` is what the message ends with.
     """
-    if not bool(torch.isfinite(states).all()):
+    if not is_finite(states):
         raise QuantizationError(
             f"{block}: {what} has NaN or infinite values on calibration samples {start} to {start + len(states) - 1}; "
             f"the model is damaged{hint}"

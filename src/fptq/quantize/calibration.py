@@ -7,7 +7,8 @@ beginning-of-sequence token where it has one in use, since that is how the model
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ import numpy as np
 
 from fptq.errors import CalibrationError, TextError
 from fptq.models.loading import FloatModel
-from fptq.models.text import beginning_of_sequence, hub_documents, local_text, read_documents
+from fptq.models.text import JSONLines, beginning_of_sequence, cut_text, hub_documents, local_text
+
+_log = logging.getLogger(__name__)
 
 PILE = "mit-han-lab/pile-val-backup"
 """The Hub data set behind `--calibration pile`: the Pile's validation split."""
@@ -70,7 +73,7 @@ class CalibrationData:
 
 
 def load_calibration(spec: CalibrationSpec, tokenizer: Any | None, vocabulary_size: int) -> CalibrationData:
-    """Return the tokens that `spec` asks for; fewer samples where a text is too short for all of them.
+    """Return the tokens that `spec` asks for; fewer samples, and a warning, where a text is too short for all of them.
 
     Raises:
         CalibrationError: the text can't be had, or is shorter than one sample.
@@ -82,11 +85,16 @@ def load_calibration(spec: CalibrationSpec, tokenizer: Any | None, vocabulary_si
             f"calibrating on '{spec.source}' needs a tokenizer, the model has none; use --calibration random"
         )
     try:
-        documents = list(_documents(spec))
+        documents = _documents(spec)
+        order = np.random.default_rng(spec.seed).permutation(len(documents))
+        tokens = _pack(documents.__getitem__, order, spec, tokenizer)
     except TextError as cause:
         raise CalibrationError(f"{cause}; --calibration random needs no text") from cause
-    order = np.random.default_rng(spec.seed).permutation(len(documents))
-    tokens = _pack((documents[i] for i in order), spec, tokenizer)
+    if len(tokens) < spec.samples:
+        _log.warning(
+            f"fptq: calibration '{spec.source}' is too short for {spec.samples} samples of {spec.length} tokens: "
+            f"it gives {len(tokens)}"
+        )
     if int(tokens.max()) >= vocabulary_size:
         raise CalibrationError(
             f"the tokenizer gives id {int(tokens.max())}, the model has {vocabulary_size} embeddings"
@@ -127,15 +135,29 @@ def _random_tokens(spec: CalibrationSpec, tokenizer: Any | None, vocabulary_size
     return tokens
 
 
-def _pack(documents: Iterator[str], spec: CalibrationSpec, tokenizer: Any) -> np.ndarray:
-    """Cut each document to one sample's length and lay the pieces end to end into samples."""
+def _pack(document: Callable[[int], str], order: np.ndarray, spec: CalibrationSpec, tokenizer: Any) -> np.ndarray:
+    """Cut each document to one sample's length and lay the pieces end to end into samples.
+
+    If there are too few of them, what was cut off follows.
+    """
     start = beginning_of_sequence(tokenizer)
     body = spec.length - len(start)
+    # 32 characters a token are more than any tokenizer needs on text; encoding a book for its first page is slow
+    window = 32 * spec.length
+
+    def pieces() -> Iterator[list[int]]:
+        for number in order:
+            yield tokenizer(document(number)[:window], add_special_tokens=False).input_ids[:body]
+        for number in order:
+            text = document(number)
+            for first in range(0, len(text), window):
+                tokens = tokenizer(text[first : first + window], add_special_tokens=False).input_ids
+                yield tokens if first else tokens[body:]
+
     samples: list[list[int]] = []
     pending: list[int] = []
-    for text in documents:
-        # 32 characters a token are more than any tokenizer needs on text; encoding a book for its first page is slow
-        pending += tokenizer(text[: 32 * spec.length], add_special_tokens=False).input_ids[:body]
+    for piece in pieces():
+        pending += piece
         while len(pending) >= body and len(samples) < spec.samples:
             samples.append(start + pending[:body])
             pending = pending[body:]
@@ -149,9 +171,11 @@ def _pack(documents: Iterator[str], spec: CalibrationSpec, tokenizer: Any) -> np
     return np.array(samples, dtype=np.int64)
 
 
-def _documents(spec: CalibrationSpec) -> Iterator[str]:
+def _documents(spec: CalibrationSpec) -> Sequence[str] | JSONLines:
     path = None if spec.source == "pile" else local_text(spec.source)
+    if path is not None and path.suffix == ".jsonl":
+        return JSONLines(path)
     if path is not None:
-        return read_documents(path, piece_characters=8 * spec.length)
+        return list(cut_text(path, 8 * spec.length))
     name = PILE if spec.source == "pile" else spec.source
-    return hub_documents(name, count=8 * spec.samples, seed=spec.seed)
+    return list(hub_documents(name, count=8 * spec.samples, seed=spec.seed))

@@ -9,9 +9,13 @@ import torch
 
 from fptq import numerics
 
-CLIPPING_RATIOS = tuple(step / 40 for step in range(18, 43))
-"""What a search multiplies max|w| / 7 by: 0.45 to 1.05. 0.875 is max|w| / 8, whose grid ends at -max|w|."""
+CLIPPING_RATIOS = (1.0, *(step / 40 for step in range(18, 43) if step != 40))
+"""What a search multiplies max|w| / 7 by: 0.45 to 1.05. 0.875 is max|w| / 8, whose grid ends at -max|w|.
 
+The first one is taken where all are alike, as they are for a group whose inputs are always zero.
+"""
+
+_MOST_CHANNELS = 512  # that a search looks at together, at the cost of their square
 _STEPS = 40
 _RATE = 0.02
 _START = 4.0  # sigmoid(4) = 0.98: nearly nothing is clipped
@@ -65,22 +69,25 @@ def learn_clipping(weight: torch.Tensor, gram: torch.Tensor, group_size: int, bi
 def search_clipping(weight: torch.Tensor, gram: torch.Tensor, group_size: int, bits: int) -> torch.Tensor:
     """Return weight scales float32 [n, G]: of CLIPPING_RATIOS, each group has the one of least output error.
 
-    The error is ‖(Q(W_g) - W_g)·X_g‖² of the group's own channels, whatever the other groups' errors are. A scale has
-    the sign that brings the group's largest weight to the grid's longer side, which reaches to -8 and not only to 7.
+    The error is ‖(Q(W_g) - W_g)·X_g‖² of the group's own channels, whatever the other groups' errors are; a group of
+    more than 512 channels, such as a row, is looked at in pieces of 512. A scale has the sign that brings the group's
+    largest weight to the grid's longer side, which reaches to -8 and not only to 7.
     Arguments are those of `learn_clipping`.
     """
     n, k = weight.shape
     best = torch.empty(k // group_size, n)
     for group, first in enumerate(range(0, k, group_size)):  # one at a time stays in a cache over all ratios
-        own = gram[first : first + group_size, first : first + group_size].contiguous()
         weights = weight[:, first : first + group_size].contiguous()
+        pieces = torch.arange(first, first + group_size).split(_MOST_CHANNELS)
+        grams = [gram[piece[:, None], piece] for piece in pieces]
         absmax, largest = weights.abs().max(-1)
         sign = torch.where(weights.gather(-1, largest[:, None])[:, 0] > 0, -1.0, 1.0)
         best[group], least = sign * numerics.scale_from_absmax(absmax, bits), torch.full((n,), float("inf"))
         for ratio in CLIPPING_RATIOS:
             scales = sign * numerics.scale_from_absmax(ratio * absmax, bits)
             difference = numerics.quantize(weights, scales[:, None], bits) * scales[:, None] - weights
-            errors = ((difference @ own) * difference).sum(-1)
+            parts = zip(difference.split(_MOST_CHANNELS, dim=1), grams, strict=True)
+            errors = torch.stack([((part @ own) * part).sum(-1) for part, own in parts]).sum(0)
             better = errors < least
             best[group], least = torch.where(better, scales, best[group]), torch.where(better, errors, least)
     return best.T.contiguous()

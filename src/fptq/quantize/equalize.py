@@ -117,7 +117,7 @@ def search_scale(
         cached_max: max|v| [k] of the values that each channel is a mean of, if the KV cache is in int8.
     """
     rows = min(_SEARCH_ROWS, -(-_SEARCH_WEIGHTS // len(channel_max)))  # each costs k² operations for a candidate
-    sampled = [weight[:: -(-len(weight) // rows)] for weight in weights]
+    strides = [-(-len(weight) // rows) for weight in weights]
     x, rms, w = (torch.from_numpy(values).double() for values in (channel_max, channel_rms, weight_max))
     known, unread = (x > 0) & (w > 0), (x > 0) & (w == 0)
     x1, rms1, w1 = (torch.where(known, values, 1.0) for values in (x, rms, w))
@@ -136,10 +136,11 @@ def search_scale(
         s = torch.where(unread, x / reach, s).float()
         variance = sum(float((values / s).max() / top) ** 2 / 12 for values in rounded_together)
         error = 0.0
-        for weight in sampled:
-            rounded = numerics.dequantize_weight(*numerics.quantize_weight(weight * s, group_size, bits))
-            error += output_error(rounded / s - weight, gram)
-            error += tokens * variance * float(rounded.square().sum(dtype=torch.float64))
+        for weight, stride in zip(weights, strides, strict=True):
+            sampled = weight[::stride]
+            rounded = numerics.dequantize_weight(*numerics.quantize_weight(sampled * s, group_size, bits))
+            error += stride * output_error(rounded / s - sampled, gram)
+            error += stride * tokens * variance * float(rounded.square().sum(dtype=torch.float64))
         if error < least:
             best, least = s, error
     return best.numpy()

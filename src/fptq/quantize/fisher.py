@@ -15,7 +15,7 @@ block by block. In memory is one block at a time. The matrix of a long output is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,22 @@ class FisherInformation:
         tokens: int64 [samples, length], all of which are looked at.
         float_run: of the model over these samples, which keeps their inputs; they are removed when they have served.
         folder: where files are; an interrupted computation goes on from them.
+        needed: full names of the layers whose outputs' matrices are wanted; others have none.
     """
 
-    def __init__(self, source: FloatModel, tokens: np.ndarray, float_run: FloatRun, folder: Path):
+    def __init__(
+        self,
+        source: FloatModel,
+        tokens: np.ndarray,
+        float_run: FloatRun,
+        folder: Path,
+        needed: Collection[str],
+    ):
         self._source = source
         self._tokens = torch.from_numpy(tokens)
         self._float_run = float_run
         self._layers = [layer for group in source.groups for layer in group.layers]
+        self._needed = needed
         self._folder = folder
         self._stepper = BlockStepper(source, torch.float32)
         self._batches = cut_batches(tokens)
@@ -98,7 +107,7 @@ class FisherInformation:
         path, block = self._matrices(index), self._source.blocks[index]
         entries = read_header(path, OutputError)
         grams = {}
-        for layer in self._layers:
+        for layer in self._layers_needed(index):
             sides = _sides(block.get_submodule(layer))
             # an output that is divided by d has a gradient d times as large
             factors = (1 / (divisors or {}).get(layer, torch.ones(sum(sides)))).split(sides)
@@ -132,11 +141,13 @@ class FisherInformation:
 
     def disk_bytes(self, reached: int | None = None) -> int:
         """Return what the files take at most, or what is left of them when the walk has come to block `reached`."""
-        blocks, block = len(self._source.blocks) - (reached or 0), self._source.blocks[0]
         gradients = 2 * _GRADIENTS.itemsize * self._tokens.numel() * self._source.config.hidden_size
-        sides = [side for layer in self._layers for side in _sides(block.get_submodule(layer))]
-        matrices = sum(4 * side**2 for side in sides) + 4 * self._tokens.numel() * len(self._layers)
-        return blocks * matrices + (gradients if reached is None else 0)
+        size = gradients if reached is None else 0
+        for index in range(reached or 0, len(self._source.blocks)):
+            layers = [self._source.blocks[index].get_submodule(layer) for layer in self._layers_needed(index)]
+            size += sum(4 * side**2 for layer in layers for side in _sides(layer))
+            size += 4 * self._tokens.numel() * len(self._layers)
+        return size
 
     def _begin(self, bar: Any) -> None:
         """Make the gradients of what the last block gives."""
@@ -158,6 +169,7 @@ class FisherInformation:
             with torch.enable_grad():
                 with products_in_bfloat16(True):
                     logits = self._stepper.logits(outputs[:, piece])
+                require_finite(logits, "the output head", sample)
                 gradient = logits.detach().float().softmax(-1)  # of -log p(drawn), once 1 is taken from what is drawn
                 drawn = torch.multinomial(gradient[0], 1, generator=generator)
                 gradient[0].scatter_add_(1, drawn, -torch.ones(drawn.shape))
@@ -167,7 +179,7 @@ class FisherInformation:
 
     def _run_backward(self, index: int, bar: Any) -> None:
         """Make a block's matrices and energies, and the gradients of its inputs."""
-        with self._source.loaded_block(index, torch.float32) as block, self._summing(block) as (sums, energies):
+        with self._source.loaded_block(index, torch.float32) as block, self._summing(index, block) as (sums, energies):
             for start, count in self._batches:
                 inputs = self._float_run.inputs(index).read(start, count).float().requires_grad_()
                 with torch.enable_grad(), products_in_bfloat16(True):
@@ -187,23 +199,28 @@ class FisherInformation:
 
     @contextmanager
     def _summing(
-        self, block: nn.Module
+        self, index: int, block: nn.Module
     ) -> Iterator[tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]]:
-        """Let every layer's matrices grow by the gradients of its outputs in each backward pass inside the `with`.
+        """Let the layers' matrices grow by the gradients of their outputs in each backward pass inside the `with`.
 
         The second of what it gives has the tokens' |g|² of each pass.
         """
         sums: dict[str, list[torch.Tensor]] = {}
         energies: dict[str, list[torch.Tensor]] = {}
         handles = []
+        needed = self._layers_needed(index)
         for layer in self._layers:
             module = block.get_submodule(layer)
-            sums[layer], energies[layer] = [torch.zeros(side, side) for side in _sides(module)], []
+            energies[layer] = []
+            if layer in needed:
+                sums[layer] = [torch.zeros(side, side) for side in _sides(module)]
 
             def add(gradient: torch.Tensor, layer: str = layer) -> None:
                 rows = gradient.reshape(-1, gradient.shape[-1]).float()
                 energy = rows.square().sum(1)
                 energies[layer].append(energy)
+                if layer not in sums:
+                    return
                 rows = rows / (energy + _NOISE * energy.mean() + _TINY).sqrt()[:, None]
                 for matrix, part in zip(sums[layer], rows.split(MOST_OUTPUTS, dim=1), strict=True):
                     add_to_gram_(matrix, part)
@@ -217,6 +234,11 @@ class FisherInformation:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _layers_needed(self, index: int) -> list[str]:
+        """Return the names within a block of the layers that have matrices there."""
+        prefix = self._source.block_name(index)
+        return [layer for layer in self._layers if f"{prefix}.{layer}" in self._needed]
 
     def _gradients(self, index: int) -> ActivationFile:
         """Return the file of the gradients of block `index`'s inputs."""

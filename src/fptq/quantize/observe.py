@@ -30,11 +30,13 @@ class Wanted:
 
     Attributes:
         gram: the inputs' Gram matrices.
+        mean: each channel's mean |x|.
         percentile: of |x|, of each tensor and of each channel; None for none.
         tokens: how many will come; percentiles need to know.
     """
 
     gram: bool = False
+    mean: bool = False
     percentile: float | None = None
     tokens: int = 0
 
@@ -44,7 +46,12 @@ class Wanted:
         recipes = list(recipes)
         percentiles = {recipe.percentile_wanted for recipe in recipes} - {None}
         assert len(percentiles) <= 1, percentiles
-        return cls(any(recipe.needs_gram for recipe in recipes), next(iter(percentiles), None), tokens)
+        return cls(
+            any(recipe.needs_gram for recipe in recipes),
+            any(recipe.needs_mean for recipe in recipes),
+            next(iter(percentiles), None),
+            tokens,
+        )
 
 
 class _Tail:
@@ -75,7 +82,7 @@ class InputStatistics:
         channel_max: per-channel max|x| [k].
         channel_low: per-channel min x [k].
         channel_high: per-channel max x [k].
-        channel_sum: per-channel sum of |x| [k], float64.
+        channel_sum: per-channel sum of |x| [k], float64; None if the mean wasn't wanted.
         tokens: how many were seen.
         histogram: of |x|.
         histogram_tokens: how many it comes from.
@@ -88,7 +95,7 @@ class InputStatistics:
     channel_max: np.ndarray
     channel_low: np.ndarray
     channel_high: np.ndarray
-    channel_sum: np.ndarray
+    channel_sum: np.ndarray | None = None
     tokens: int = 0
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(HISTOGRAM_BINS, np.int64))
     histogram_tokens: int = 0
@@ -100,7 +107,7 @@ class InputStatistics:
     def empty(cls, channels: int) -> InputStatistics:
         """Return the statistics of an input of so many channels before any token."""
         zeros = np.zeros(channels, np.float32)
-        return cls(zeros, zeros + np.float32("inf"), zeros - np.float32("inf"), np.zeros(channels))
+        return cls(zeros, zeros + np.float32("inf"), zeros - np.float32("inf"))
 
     @property
     def range(self) -> float:
@@ -120,6 +127,7 @@ class InputStatistics:
     @property
     def channel_mean(self) -> np.ndarray:
         """Per-channel mean |x| [k], float32."""
+        assert self.channel_sum is not None
         return (self.channel_sum / max(1, self.tokens)).astype(np.float32)
 
     @property
@@ -129,27 +137,27 @@ class InputStatistics:
         return (torch.diagonal(self.gram) / max(1, self.tokens)).sqrt().numpy()
 
     def update(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """Add values [..., k]; return their magnitudes [tokens, k].
+        """Add values [..., k]; return them in float32 as [tokens, k].
 
         Args:
             x: the values.
             weights: what each token counts for in the Gram matrix, [all tokens], these first; None for all alike.
         """
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        magnitude = x.abs()
         low, high = x.amin(0).numpy(), x.amax(0).numpy()
         self.channel_low = np.minimum(self.channel_low, low)
         self.channel_high = np.maximum(self.channel_high, high)
         self.channel_max = np.maximum(self.channel_max, np.maximum(-low, high))
-        self.channel_sum += magnitude.sum(0, dtype=torch.float64).numpy()
+        if self.channel_sum is not None:
+            self.channel_sum += x.abs().sum(0, dtype=torch.float64).numpy()
         self.tokens += len(x)
         if self.histogram_tokens < HISTOGRAM_TOKENS:
-            part = magnitude[: HISTOGRAM_TOKENS - self.histogram_tokens].contiguous()
-            self.histogram += count_magnitudes(part)
-            self.histogram_tokens += part.shape[0]
+            part = x[: HISTOGRAM_TOKENS - self.histogram_tokens]
+            self.histogram += count_magnitudes(part.abs())
+            self.histogram_tokens += len(part)
         if self.gram is not None:
             add_to_gram_(self.gram, x if weights is None else x * weights[: len(x), None].sqrt())
-        return magnitude
+        return x
 
     def complete(self) -> None:
         """Fill the Gram matrix below its diagonal, once all values are added."""
@@ -267,14 +275,17 @@ def observing(
         inputs = statistics.inputs[first] = InputStatistics.empty(k)
         if wanted.gram:
             inputs.gram = torch.zeros(k, k)
+        if wanted.mean:
+            inputs.channel_sum = np.zeros(k)
         if wanted.percentile is not None:
             tails[first] = _Tail(wanted.percentile, k * wanted.tokens), _Tail(wanted.percentile, wanted.tokens)
 
         def hook(_: nn.Module, args: tuple[Any, ...], inputs: InputStatistics = inputs, first: str = first) -> None:
             counts = (weights or {}).get(first)
-            magnitude = inputs.update(args[0], None if counts is None else counts[inputs.tokens :])
+            values = inputs.update(args[0], None if counts is None else counts[inputs.tokens :])
             if first in tails:
                 tensor, channels = tails[first]
+                magnitude = values.abs()
                 tensor.update(magnitude.reshape(-1, 1))
                 channels.update(magnitude)
             if not outputs:

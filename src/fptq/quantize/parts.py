@@ -29,7 +29,7 @@ from fptq.checkpoint import (
 )
 from fptq.errors import QuantizationError
 from fptq.models.architectures import attention_name
-from fptq.models.loading import FloatModel
+from fptq.models.loading import FloatModel, is_finite
 from fptq.quantize.equalize import CacheRanges
 from fptq.quantize.observe import BlockStatistics
 from fptq.quantize.policy import BlockPlan
@@ -264,6 +264,6 @@ def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
         QuantizationError: it has values that `dtype` can't hold.
     """
     tensor = tensor.to(dtype).contiguous()
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise QuantizationError(f"{name}: has values that {dtype} can't hold; use --dtype bfloat16 or float32")
     return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if dtype is torch.bfloat16 else tensor.numpy()

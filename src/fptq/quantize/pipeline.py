@@ -30,7 +30,7 @@ from fptq.quantize.fisher import FisherInformation
 from fptq.quantize.float_run import FloatRun
 from fptq.quantize.observe import BlockStatistics, Wanted
 from fptq.quantize.parts import Parts
-from fptq.quantize.policy import check_layers, decide, decide_head
+from fptq.quantize.policy import decide, decide_head, layer_formats
 from fptq.quantize.qat import TrainingSpec, disk_bytes, train
 from fptq.quantize.quantized import quantized
 from fptq.quantize.recording import Recording
@@ -40,6 +40,7 @@ from fptq.quantize.tuning import Tuner, held_out, samples_needed
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import Workspace, refuse_foreign
 from fptq.recipe import PER_CHANNEL, Recipe
+from fptq.runtime.kernels import choose_target
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,8 @@ class _Job:
         auto = options.storage_dtype == "auto"
         self.storage_dtype = source.storage_dtype() if auto else getattr(torch, options.storage_dtype)
         self.training = training_spec(recipe)
+        self.formats = layer_formats(source, recipe)
+        choose_target()  # an impossible FPTQ_KERNEL shows before hours of work, too
         self.workspace = Workspace(destination, self._identity(), overwrite=options.overwrite)
         if recipe.tuning_steps and len(data.tokens) < 2:
             raise QuantizationError(
@@ -167,7 +170,9 @@ class _Job:
         sensed = tokens[: self.recipe.fisher_samples if self.recipe.needs_fisher else 0]
         exact = held_out(len(tokens))  # without tuning, too: codes shouldn't depend on whether scales learn afterwards
         self.float_run = FloatRun(self.source, tokens[: max(tuned, len(sensed))], folder, kept=len(sensed), exact=exact)
-        self.fisher = FisherInformation(self.source, sensed, self.float_run, folder) if len(sensed) else None
+        self.fisher = (
+            FisherInformation(self.source, sensed, self.float_run, folder, self.formats) if len(sensed) else None
+        )
 
     def _calibration_walk(self, recording: Path | None) -> CalibrationWalk | Recording:
         dtype = getattr(torch, self.options.compute_dtype)
@@ -204,7 +209,6 @@ class _Job:
 
     def run(self) -> Path:
         """Go through all blocks that are not done yet, and finish."""
-        check_layers(self.source, self.recipe)
         with self.workspace.locked(), keeping_freed_memory():
             if self.workspace.is_done():
                 return self.workspace.destination
@@ -238,10 +242,9 @@ class _Job:
             gradients = self.fisher.disk_bytes(reached)
             others += gradients
             hint += f"; {gradients / 1e9:.2f} GB Fisher information: none with --fisher-samples 0"
-        weights, rest = self._weight_counts()
-        checkpoint = weights * (self.recipe.weight_bits / 8 + 2 / 32) + rest * self.storage_dtype.itemsize
+        checkpoint, groups = self._checkpoint_size()
         if self.recipe.tuning_steps:
-            others += weights / (self.recipe.group_size or 128) * 7 * 4  # scales in float32, and the optimizer's state
+            others += groups * 7 * 4  # scales in float32, and the optimizer's state
         self.workspace.require_space(activations + others + 2 * checkpoint, hint)  # which is in parts, and finished
 
     def _walk_blocks(self, parts: Parts, reached: int | None) -> None:
@@ -258,12 +261,16 @@ class _Job:
                 self._quantize_block(index, parts, bar)
             bar.set_description(f"blocks done{then}" if then else "writing")
 
-    def _weight_counts(self) -> tuple[int, int]:
-        """Return how many numbers are in matrices of the blocks, and how many are not."""
+    def _checkpoint_size(self) -> tuple[float, int]:
+        """Return the bytes of the checkpoint's tensors, and how many weight scales it has."""
         shapes = {name: self.source.tensors.shapes[file] for name, file in self.source.file_names.items()}
-        inside = f"{self.source.architecture.blocks}."
-        quantized = sum(math.prod(s) for name, s in shapes.items() if name.startswith(inside) and len(s) == 2)
-        return quantized, sum(math.prod(shape) for shape in shapes.values()) - quantized
+        size: float = sum(math.prod(shape) for shape in shapes.values()) * self.storage_dtype.itemsize
+        groups = 0
+        for name, (bits, group_size) in self.formats.items():
+            n, k = shapes[f"{name}.weight"]
+            size += n * k * (bits / 8 - self.storage_dtype.itemsize) + 4 * (n + k) * self.recipe.low_rank
+            groups += n * (k // group_size)
+        return size + 2 * groups, groups
 
     def _quantize_block(self, index: int, parts: Parts, bar: Any) -> None:
         """Do everything that one block needs, and note it in the journal."""

@@ -70,8 +70,8 @@ def decide(
     for first, names in quantized.items():
         if names and not np.isfinite(statistics.inputs[first].range):
             raise QuantizationError(
-                f"{block_name}.{first}: its input has NaN or infinite values during calibration; "
-                "try --compute-dtype float32, or look at the model's own output"
+                f"{block_name}.{first}: its input has NaN or infinite values during calibration; the model is damaged, "
+                "or needs --compute-dtype float32 if that isn't what it had"
             )
     layers: dict[str, LayerPlan] = {}
     scales: dict[str, np.ndarray] = {}
@@ -204,11 +204,12 @@ def _obstacle(group: InputGroup, recipe: Recipe) -> str:
     return ""
 
 
-def check_layers(source: FloatModel, recipe: Recipe) -> None:
-    """Raise QuantizationError for what can be known of the layers before anything is computed.
+def layer_formats(source: FloatModel, recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """Return bits and group size of every layer that will be quantized, by its full name.
 
-    A skip pattern matches no layer, the patterns leave nothing to quantize, no group size fits a layer, or a layer is
-    smaller than the rank of its correction.
+    Raises:
+        QuantizationError: a skip pattern matches no layer, the patterns leave nothing to quantize, no group size fits a
+            layer, or a layer is smaller than the rank of its correction.
     """
     layers = {
         f"{source.block_name(index)}.{layer}": (group, block.get_submodule(layer))
@@ -223,12 +224,14 @@ def check_layers(source: FloatModel, recipe: Recipe) -> None:
     if not quantized:
         raise QuantizationError("--skip leaves no layer to quantize")
     widths = {linear.in_features for _, linear in quantized.values()}
+    formats = {}
     for name, (group, linear) in quantized.items():
-        layer_bits_and_group(linear.in_features, group.role, recipe, name, widths)
+        formats[name] = layer_bits_and_group(linear.in_features, group.role, recipe, name, widths)
         if recipe.low_rank > min(linear.in_features, linear.out_features):
             raise QuantizationError(
                 f"{name}: is {linear.out_features} x {linear.in_features}, too small for low_rank {recipe.low_rank}"
             )
+    return formats
 
 
 def decide_head(layers: list[str], recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -78,7 +78,8 @@ class Recording:
         if done:
             wanted = Wanted(**known["wanted"])  # what there is already has more than is wanted now
         elif known.get("identity") == identity:
-            wanted = replace(wanted, gram=wanted.gram or known["wanted"]["gram"])
+            before = known["wanted"]
+            wanted = replace(wanted, gram=wanted.gram or before["gram"], mean=wanted.mean or before["mean"])
         index = {"identity": identity, "wanted": asdict(wanted)}
         self._require_space(wanted, blocks)
         walk = CalibrationWalk(self._source, self._tokens, self.dtype, self._folder, wanted)
@@ -184,4 +185,5 @@ class Recording:
 def _covers(known: dict[str, Any], wanted: Wanted) -> bool:
     """Return whether a recording's index has all that is wanted."""
     has = known.get("wanted", {})
-    return bool(has.get("gram") or not wanted.gram) and wanted.percentile in (None, has.get("percentile"))
+    parts = all(has.get(part) or not getattr(wanted, part) for part in ("gram", "mean"))
+    return parts and wanted.percentile in (None, has.get("percentile"))

@@ -56,14 +56,16 @@ def round_weights(
         seen, s = statistics.inputs[first], plan.scales.get(first)
         divisors = None if s is None else torch.from_numpy(s)
         gram = rescale_gram(seen.gram, divisors) if planned and seen.gram is not None and recipe.needs_gram else None
-        compensation = Compensation.of(gram) if gram is not None and recipe.rounding == "gptq" else None
+        compensation = None
+        if gram is not None and recipe.rounding == "gptq":
+            compensation = _compensation(gram, plan.layers[planned[0]].input)
         descent = Descent(damped_gram(gram, DAMPING)) if gram is not None and recipe.goes_back_to_codes else None
         for name in planned:
             layer = plan.layers[name]
             weight = block.get_submodule(name).weight.float()
             _check_size(name, weight)
             matrices = (output_grams or {}).get(name, ())
-            outputs = [Compensation.of(matrix) for matrix in matrices]
+            outputs = [_compensation(matrix, f"{layer.input} (gradients of {name})") for matrix in matrices]
             codes, scales = _round(weight, gram, compensation, outputs, layer, recipe)
             if descent is not None:
                 damped = [damped_gram(matrix, DAMPING) for matrix in matrices]
@@ -79,6 +81,13 @@ def round_weights(
                 low_rank=_low_rank(weight, codes, scales, recipe.low_rank) if recipe.low_rank else None,
             )
     return rounded
+
+
+def _compensation(gram: torch.Tensor, where: str) -> Compensation:
+    try:
+        return Compensation.of(gram)
+    except QuantizationError as cause:
+        raise QuantizationError(f"{where}: {cause}") from cause
 
 
 def _channel_steps(seen: InputStatistics, s: np.ndarray | None, recipe: Recipe) -> ChannelSteps:

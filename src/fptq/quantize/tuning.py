@@ -32,7 +32,7 @@ from fptq import numerics
 from fptq.checkpoint import LayerScheme, QuantizedLinear, read_linear
 from fptq.errors import OutputError, QuantizationError
 from fptq.models.architectures import NormSource, attention_name
-from fptq.models.loading import FloatModel, fill_buffers
+from fptq.models.loading import FloatModel, fill_buffers, is_finite
 from fptq.models.simulation import simulating, straight_through
 from fptq.models.stepping import BlockStepper, products_in_bfloat16
 from fptq.progress import progress_bar
@@ -230,7 +230,7 @@ class Tuner:
                 run(inputs).backward(outputs.grad)
             outputs = inputs
         gradients = [change.grad for change in self._changes.values() if change.grad is not None]
-        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        return all(is_finite(gradient) for gradient in gradients)
 
     def _run(self, start: int, count: int) -> Iterator[torch.Tensor]:
         """Yield each block's input for some samples, and what the last one gives, [count, length, hidden] each."""

@@ -102,7 +102,8 @@ class CalibrationWalk:
         for start, count in self.batches:
             with products_in_bfloat16(observe_cache is not None and self._propagates):
                 states = self._stepper.run(index, inputs.read(start, count), observe_cache)
-            require_finite(states, self._source.block_name(index), start, hint=" or needs --compute-dtype float32")
+            hint = "" if self.dtype is torch.float32 else " or needs --compute-dtype float32"
+            require_finite(states, self._source.block_name(index), start, hint=hint)
             if not last:
                 outputs.write(start, states.to(self.dtype))
             on_batch()

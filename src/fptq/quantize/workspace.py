@@ -18,8 +18,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fptq.checkpoint import RECORD_FILE, Checkpoint, CheckpointWriter
-from fptq.errors import CheckpointError, FPTQError, OutputError
+from fptq.errors import CalibrationError, CheckpointError, FPTQError, ModelError, OutputError, QuantizationError
 from fptq.shards import flush_folder, write_json
+
+_BAD_INPUT = (ModelError, CalibrationError, QuantizationError)
 
 
 @contextmanager
@@ -80,7 +82,7 @@ class Workspace:
                     yield
                     _remove_file(lock)
                 except FPTQError as cause:
-                    if not isinstance(cause, OutputError):
+                    if isinstance(cause, _BAD_INPUT):
                         self._drop()
                     if not self.folder.exists():
                         _remove_file(lock)
@@ -93,7 +95,7 @@ class Workspace:
         except OSError as cause:
             place = cause.filename or self.folder
             raise OutputError(
-                f"{place}: {cause.strerror}; when that is mended, give the same command again to go on"
+                f"{place}: {cause.strerror or cause}; when that is mended, give the same command again to go on"
             ) from cause
 
     def is_done(self) -> bool:
