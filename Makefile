@@ -15,7 +15,8 @@ OUT := build/demo
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo_text.py $(OUT)
-	$(BIN)/fptq quantize demo -o $(OUT)/SmolLM2-135M-W4A8 --calibration $(OUT)/calibration.txt --samples 32 --overwrite --quiet
+	$(BIN)/fptq quantize demo -o $(OUT)/SmolLM2-135M-W4A8 --recipe fptq-best --effort quick --lm-head int8 \
+		--calibration $(OUT)/calibration.txt --overwrite
 	$(BIN)/fptq inspect $(OUT)/SmolLM2-135M-W4A8 --verify
 	$(BIN)/fptq evaluate $(OUT)/SmolLM2-135M-W4A8 --reference demo --text $(OUT)/evaluation.txt --length 512 --limit 16
 	$(BIN)/fptq generate $(OUT)/SmolLM2-135M-W4A8 "What is the capital of France?" --chat --max-new-tokens 60

@@ -31,16 +31,23 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: another process holds it, or something in it can't be read or written.
     """
+    with _holding(FileLock(folder / ".lock"), folder):
+        yield
+
+
+@contextmanager
+def _holding(lock: FileLock, folder: Path) -> Iterator[None]:
+    """Hold the lock on a folder, and raise as OutputError what the system reports meanwhile."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock").acquire(timeout=0):
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        with lock.acquire(timeout=0):
             yield
     except Timeout as cause:
         raise OutputError(f"{folder}: another fptq process is working in it") from cause
     except OSError as cause:
         place = cause.filename or folder
         raise OutputError(
-            f"{place}: {cause.strerror or cause}; when that is mended, the same command goes on"
+            f"{place}: {cause.strerror or cause}; when that is mended, give the same command again to go on"
         ) from cause
 
 
@@ -75,28 +82,19 @@ class Workspace:
         """
         missing = [parent for parent in self.destination.parents if not parent.exists()]
         lock = FileLock(self.folder.with_name(self.folder.name + ".lock"))
-        try:
-            self.destination.parent.mkdir(parents=True, exist_ok=True)
-            with lock.acquire(timeout=0):
-                try:
-                    yield
+        with _holding(lock, self.folder):
+            try:
+                yield
+                _remove_file(lock)
+            except FPTQError as cause:
+                if isinstance(cause, _BAD_INPUT):
+                    self._drop()
+                if not self.folder.exists():
                     _remove_file(lock)
-                except FPTQError as cause:
-                    if isinstance(cause, _BAD_INPUT):
-                        self._drop()
-                    if not self.folder.exists():
-                        _remove_file(lock)
-                        for parent in missing:
-                            with suppress(OSError):
-                                parent.rmdir()
-                    raise
-        except Timeout as cause:
-            raise OutputError(f"{self.folder}: another fptq process is working in it") from cause
-        except OSError as cause:
-            place = cause.filename or self.folder
-            raise OutputError(
-                f"{place}: {cause.strerror or cause}; when that is mended, give the same command again to go on"
-            ) from cause
+                    for parent in missing:
+                        with suppress(OSError):
+                            parent.rmdir()
+                raise
 
     def is_done(self) -> bool:
         """Return whether the destination holds this very job's checkpoint; clear what a killed process left of it.
