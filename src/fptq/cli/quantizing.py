@@ -35,7 +35,9 @@ def add_quantize(commands: Any) -> None:
         recipes:
         {recipes}
 
-        example, without any data:
+        examples: with least loss, in minutes, and without any data:
+          fptq quantize MODEL -o OUT --recipe fptq-best --calibration text.txt
+          fptq quantize MODEL -o OUT --recipe fptq-best --effort quick --calibration text.txt
           fptq quantize demo -o SmolLM2-135M-W4A8 --calibration random --samples 64
         """
     details = textwrap.dedent(details).format(recipes=recipes)
