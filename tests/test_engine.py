@@ -46,6 +46,7 @@ MODELS = {name: (name, {}, {}) for name in VARIANTS if name not in REFUSED} | {
     "one-layer-in-float": ("llama", {"skip": ("model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj")}, {}),
     "int8-weights": ("llama", {"weight_bits": 8}, {}),
     "int8-weights-of-attention": ("gemma3", {"int8_roles": ("qkv", "dense")}, {}),
+    "mixed-formats": ("gemma3", {"layer_formats": ("*.v_proj=int8", "*.k_proj=16", "*.1.mlp.down_proj=0")}, {}),
     "int8-weights-dynamic": ("phi3", {"weight_bits": 8, "activations": "dynamic"}, {}),
     "int4-by-rows": ("qwen2", {"group_size": 0}, {}),
     "int4-by-rows-static": ("opt", {"group_size": 0, "activations": "static", "equalization": "none"}, {}),

@@ -37,7 +37,7 @@ def test_awq_finds_the_ratio_of_least_output_error() -> None:
     def error(s: torch.Tensor) -> float:
         return output_error(numerics.dequantize_weight(*numerics.quantize_weight(weight * s, 32)) / s - weight, gram)
 
-    found = torch.from_numpy(awq_scale(mean.numpy(), [weight], gram, 32, 4))
+    found = torch.from_numpy(awq_scale(mean.numpy(), [weight], gram, [(4, 32)]))
     candidates = [mean ** (i / 20) for i in range(20)]
     least = min(error(s / (s.max() * s.min()).sqrt()) for s in candidates)
     assert error(found) == pytest.approx(least, rel=1e-5)
@@ -57,7 +57,7 @@ class TestSearchedScale:
     ) -> torch.Tensor:
         rms, maxima = x.square().mean(0).sqrt().numpy(), x.abs().amax(0).numpy()
         largest = weight.abs().amax(0).numpy()
-        given = maxima, rms, largest, [weight], x.T @ x, len(x), 32, 4
+        given = maxima, rms, largest, [weight], x.T @ x, len(x), [(4, 32)]
         return torch.from_numpy(search_scale(*given, activation=activation, cached_max=cached_max))
 
     def error(self, s: torch.Tensor, *, static: bool) -> float:
@@ -86,7 +86,8 @@ class TestSearchedScale:
         other *= torch.linspace(0.05, 2, 64).roll(20)  # wants another scale
         weights = [self.weight.repeat_interleave(8, dim=0), other]
         x, largest = self.x, torch.cat(weights).abs().amax(0).numpy()
-        given = x.abs().amax(0).numpy(), x.square().mean(0).sqrt().numpy(), largest, weights, x.T @ x, len(x), 32, 4
+        maxima, rms = x.abs().amax(0).numpy(), x.square().mean(0).sqrt().numpy()
+        given = maxima, rms, largest, weights, x.T @ x, len(x), [(4, 32)] * 2
         exact = search_scale(*given, activation=Activation.NONE)
         monkeypatch.setattr("fptq.quantize.equalize._SEARCH_WEIGHTS", 32 * 64)
         np.testing.assert_array_equal(search_scale(*given, activation=Activation.NONE), exact)

@@ -26,7 +26,7 @@ from fptq.quantize.fisher import FisherInformation
 from fptq.quantize.float_run import FloatRun
 from fptq.quantize.gptq import Compensation, _next_rows, round_gptq
 from fptq.quantize.observe import Wanted, observing
-from fptq.quantize.policy import decide, layer_formats
+from fptq.quantize.policy import check_layers, decide
 from fptq.recipe import Recipe, Role
 from quantizing import QUIET, spoil_weight
 from tiny import VARIANTS, correlated_inputs, save_tiny, token_ids
@@ -45,7 +45,7 @@ def information(model: Path, folder: Path) -> FisherInformation:
     (folder / "run").mkdir()
     float_run = FloatRun(source, tokens, folder / "run", kept=len(tokens))
     float_run.compute(progress=False)
-    return FisherInformation(source, tokens, float_run, folder, set(layer_formats(source, recipe())))
+    return FisherInformation(source, tokens, float_run, folder, set(check_layers(source, recipe())))
 
 
 @contextmanager

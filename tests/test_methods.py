@@ -546,6 +546,8 @@ def test_settings_change_the_result(model: Path, tmp_path: Path) -> None:
         {"kv_cache": "float"},
         {"equalize_keys": True},
         {"int8_roles": ("fc2",)},
+        {"layer_formats": ("*.v_proj=int8",)},
+        {"layer_formats": ("*.v_proj=16", "*.down_proj=0")},
         {"activations": "clusters", "clusters": 2},
         {"activations": "clusters", "clusters": 8},
         {"activations": "table2", "v0": 2.0, "outliers": "clip", "percentile": 99.0},

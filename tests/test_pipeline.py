@@ -154,7 +154,31 @@ def test_bfloat16_computation_leaves_stored_tensors_exact(llama: Path, finished:
     assert files(folder)["model.safetensors"] == files(exact)["model.safetensors"]
 
 
-def test_skip_patterns_must_match_and_leave_something(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["fptq", "fptq-best", "awq-w4a16"])
+def test_layers_can_have_formats_of_their_own(recipe: str, llama: Path, tmp_path: Path) -> None:
+    """Beside others that read the same input."""
+    entries = ("*.2.*.v_proj=16", "*.v_proj=int8", "model.layers.2.mlp.down_proj=int8")
+    changed = get_recipe(recipe, group_size=32, layer_formats=entries)
+    checkpoint = Checkpoint.open(quantize(str(llama), tmp_path / "q", changed, RANDOM, QUIET))
+    layers = checkpoint.record["layers"]
+    int8 = {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1, 3)} | {"model.layers.2.mlp.down_proj"}
+    for name, layer in layers.items():
+        assert checkpoint.schemes[name].bits == layer["weight_bits"] == (8 if name in int8 else 4)
+        own = layer["shape"][1] if name in int8 else 16 if name == "model.layers.2.self_attn.v_proj" else 32
+        assert layer["group_size"] == own
+        assert name not in int8 or layer["weight_sqnr_db"] > 35, name
+    load(checkpoint.folder)
+
+
+@pytest.mark.parametrize("entry", ["*.v_proj", "=32", "*.v_proj=int4", "*.v_proj=-8", "*.v_proj=12"])
+def test_formats_that_are_none_are_refused(entry: str) -> None:
+    with pytest.raises(QuantizationError, match=r"needed PATTERN=int8 or PATTERN=GROUP_SIZE|no multiple of 8"):
+        get_recipe("fptq", layer_formats=(entry,))
+
+
+def test_patterns_must_match_and_leave_something(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(QuantizationError, match=r"--layer-format '\*\.nothing' matches no layer"):
+        quantize(str(llama), tmp_path / "q", get_recipe("fptq", layer_formats=("*.nothing=int8",)), RANDOM, QUIET)
     for pattern, match in (("*.nothing", "matches no layer"), ("*", "leaves no layer")):
         with pytest.raises(QuantizationError, match=match):
             quantize(str(llama), tmp_path / "q", get_recipe("fptq", skip=(pattern,)), RANDOM, QUIET)

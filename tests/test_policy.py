@@ -110,7 +110,7 @@ def test_channels_of_one_row_share_the_largest_scale() -> None:
     source = RowsSource("v", np.array([0, 1, 0, 1]))
     group = InputGroup(Role.DENSE, ("o",), source)
     seen = seen_of(np.array([1.0, 2.0, 8.0, 0.5], np.float32))
-    scale = equalization_scale(group, seen, get_recipe("fptq"), Activation.STATIC, [], 4, 128)
+    scale = equalization_scale(group, seen, get_recipe("fptq"), Activation.STATIC, [], [])
     np.testing.assert_allclose(scale, lae_scale(np.array([8.0, 2.0, 8.0, 2.0], np.float32)))
 
 

@@ -105,7 +105,9 @@ class Recipe:
         tuning_steps: steps in which weight scales and norms learn, all at once, what the float model predicts on
             calibration text; codes stay. A step looks at one sample.
         propagate_error: a block is calibrated on the outputs of the quantized blocks before it, not of the float ones.
-        int8_roles: roles whose weights get 8 bits.
+        int8_roles: roles whose weights get 8 bits, with one scale for each output channel.
+        layer_formats: entries "PATTERN=int8" or "PATTERN=GROUP_SIZE"; the weights of linear layers whose full name
+            matches the shell pattern get 8 bits, or 4 in groups of that size. The first entry that matches counts.
         training_steps: steps of quantization-aware training, on text that the model generates, before all else
             (LLM-QAT).
         kv_cache: "int8" with static scales, or "float".
@@ -136,6 +138,7 @@ class Recipe:
     tuning_steps: int = 0
     propagate_error: bool = False
     int8_roles: tuple[str, ...] = ()
+    layer_formats: tuple[str, ...] = ()
     training_steps: int = 0
     kv_cache: str = "int8"
     skip: tuple[str, ...] = ()
@@ -147,10 +150,11 @@ class Recipe:
                 raise QuantizationError(f"{field} '{getattr(self, field)}': needed {', '.join(allowed)}")
         if self.weight_bits not in (4, 8):
             raise QuantizationError(f"weights of {self.weight_bits} bits: needed 4 or 8")
-        if self.group_size != PER_CHANNEL and (not 8 <= self.group_size <= 4096 or self.group_size % 8):
-            raise QuantizationError(
-                f"group size {self.group_size} is no multiple of 8 from 8 to 4096; use 128, 64 or 32"
-            )
+        for group_size in (self.group_size, *(size for _, _, size in self.format_entries())):
+            if group_size != PER_CHANNEL and (not 8 <= group_size <= 4096 or group_size % 8):
+                raise QuantizationError(
+                    f"group size {group_size} is no multiple of 8 from 8 to 4096; use 128, 64 or 32"
+                )
         if not 0 <= self.v0 <= self.v1 < float("inf"):
             raise QuantizationError(f"thresholds v0 = {self.v0}, v1 = {self.v1}: needed finite 0 <= v0 <= v1")
         unknown = {*self.dynamic, *self.int8_roles} - {role.value for role in Role}
@@ -171,7 +175,8 @@ class Recipe:
             raise QuantizationError("tuning_steps: scales don't learn beside a low_rank correction")
         per_token = self.activations == "dynamic" and self.kv_cache == "int8"
         weight_only = self.activations == "float" and self.kv_cache == "float"
-        plain = self.equalization == "none" and not self.int8_roles and (per_token or weight_only)
+        one_width = not self.int8_roles and not self.layer_formats
+        plain = self.equalization == "none" and one_width and (per_token or weight_only)
         if self.training_steps and not plain:
             raise QuantizationError(
                 "training_steps: training knows weights of one width without equalization, with inputs and KV cache "
@@ -214,6 +219,20 @@ class Recipe:
         if self.weight_bits == 8:
             idle += ["group_size", "int8_roles"]
         return idle
+
+    def format_entries(self) -> list[tuple[str, int, int]]:
+        """Return pattern, bits and group size of each of `layer_formats`; with 8 bits the size is PER_CHANNEL.
+
+        Raises:
+            QuantizationError: an entry is none.
+        """
+        entries = []
+        for entry in self.layer_formats:
+            pattern, _, form = entry.rpartition("=")
+            if not pattern or not (form == "int8" or form.isdecimal()):
+                raise QuantizationError(f"'{entry}': needed PATTERN=int8 or PATTERN=GROUP_SIZE, as '*.v_proj=32'")
+            entries.append((pattern, *((8, PER_CHANNEL) if form == "int8" else (4, int(form)))))
+        return entries
 
     @property
     def can_be_recorded(self) -> bool:

@@ -83,6 +83,9 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
     add("--dynamic", action="append", default=[], choices=roles, help=dynamic)
     skip = "keep linear layers whose name matches in float, as '*.down_proj'; may be repeated"
     add("--skip", action="append", default=[], metavar="PATTERN", help=skip)
+    form = "weights of some layers in 8 bits (a scale a row), as '*.down_proj=int8', or in 4 in other groups, as "
+    form += "'*.v_proj=32'; may be repeated, and the first pattern that matches a layer counts"
+    add("--layer-format", action="append", default=[], metavar="PATTERN=FORMAT", dest="layer_formats", help=form)
 
 
 def add_calibration_options(command: argparse.ArgumentParser, source: str, samples: int | None) -> None:
@@ -119,6 +122,7 @@ _RECIPE_OPTIONS = (
     "tuning_steps",
     "dynamic",
     "skip",
+    "layer_formats",
 )
 
 

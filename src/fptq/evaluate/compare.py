@@ -402,8 +402,11 @@ class _Scores:
 def describe_scheme(recipe: Recipe, group_sizes: Iterable[int]) -> str:
     """Return bits of weights, activations and KV cache, and the layers' weight groups, as "W4A8 g64/128 KV8"."""
     inputs = {"float": "16", "fp8": "FP8"}.get(recipe.activations, "8")
-    bits = f"{recipe.weight_bits}/8" if recipe.int8_roles and recipe.weight_bits == 4 else str(recipe.weight_bits)
-    groups = f" g{'/'.join(str(size) for size in sorted(group_sizes) if size <= recipe.group_size)}"
+    entries = recipe.format_entries()
+    widths = {recipe.weight_bits, *(bits for _, bits, _ in entries), *([8] if recipe.int8_roles else [])}
+    bits = "/".join(map(str, sorted(widths)))
+    largest = max(recipe.group_size, *(size for _, _, size in entries), 0)
+    groups = f" g{'/'.join(str(size) for size in sorted(group_sizes) if size <= largest)}"
     if recipe.group_size == PER_CHANNEL or recipe.weight_bits == 8:
         groups = " channel"
     return f"W{bits}A{inputs}{groups}{' KV8' if recipe.kv_cache == 'int8' else ''}"

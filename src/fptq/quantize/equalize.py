@@ -53,7 +53,7 @@ def smoothquant_scale(channel_max: np.ndarray, weight_max: np.ndarray, alpha: fl
 
 
 def awq_scale(
-    channel_mean: np.ndarray, weights: Sequence[torch.Tensor], gram: torch.Tensor, group_size: int, bits: int
+    channel_mean: np.ndarray, weights: Sequence[torch.Tensor], gram: torch.Tensor, formats: Sequence[tuple[int, int]]
 ) -> np.ndarray:
     """Return s = mean|x|^ratio with the ratio of least output error, float32 [k] (AWQ, Eq. 4 and 5).
 
@@ -64,8 +64,7 @@ def awq_scale(
         channel_mean: mean|x| of each channel.
         weights: of the layers that read the input, [n, k] each.
         gram: XᵀX [k, k].
-        group_size: of the weights.
-        bits: of a code.
+        formats: bits of a code, and group size, of each of the weights.
     """
     mean = torch.from_numpy(channel_mean)
     best, least = torch.ones_like(mean), float("inf")
@@ -73,7 +72,7 @@ def awq_scale(
         s = mean.clamp(min=1e-4) ** (step / AWQ_GRID)
         s = torch.where(mean > 0, s / (s.max() * s.min()).sqrt(), 1.0)
         error = 0.0
-        for weight in weights:
+        for weight, (bits, group_size) in zip(weights, formats, strict=True):
             rounded = numerics.dequantize_weight(*numerics.quantize_weight(weight * s, group_size, bits)) / s
             error += output_error(rounded - weight, gram)
         if error < least:
@@ -88,8 +87,7 @@ def search_scale(
     weights: Sequence[torch.Tensor],
     gram: torch.Tensor,
     tokens: int,
-    group_size: int,
-    bits: int,
+    formats: Sequence[tuple[int, int]],
     *,
     activation: Activation,
     cached_max: np.ndarray | None = None,
@@ -111,8 +109,7 @@ def search_scale(
         weights: of the layers that read the input, [n, k] each.
         gram: XᵀX [k, k].
         tokens: how many the Gram matrix is summed over.
-        group_size: of the weights.
-        bits: of a code.
+        formats: bits of a code, and group size, of each of the weights.
         activation: how the input is quantized.
         cached_max: max|v| [k] of the values that each channel is a mean of, if the KV cache is in int8.
     """
@@ -136,7 +133,7 @@ def search_scale(
         s = torch.where(unread, x / reach, s).float()
         variance = sum(float((values / s).max() / top) ** 2 / 12 for values in rounded_together)
         error = 0.0
-        for weight, stride in zip(weights, strides, strict=True):
+        for weight, stride, (bits, group_size) in zip(weights, strides, formats, strict=True):
             sampled = weight[::stride]
             rounded = numerics.dequantize_weight(*numerics.quantize_weight(sampled * s, group_size, bits))
             error += stride * output_error(rounded / s - sampled, gram)
@@ -157,8 +154,7 @@ def equalization_scale(
     recipe: Recipe,
     activation: Activation,
     weights: Sequence[torch.Tensor],
-    bits: int,
-    group_size: int,
+    formats: Sequence[tuple[int, int]],
     cached_max: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the scale of each channel that the recipe's method gives; channels from the same row of a linear share it.
@@ -169,8 +165,7 @@ def equalization_scale(
         recipe: says which method.
         activation: how the input will be quantized.
         weights: [n, k] of the quantized layers that read the input.
-        bits: of their codes.
-        group_size: of their scales.
+        formats: bits of a code, and group size, of each of them.
         cached_max: that of `search_scale`.
     """
     share = _sharing(group.source)
@@ -183,10 +178,10 @@ def equalization_scale(
     if recipe.equalization == "search":
         per_channel = share(seen.channel_max), share(seen.channel_rms), share(_weight_max(weights))
         return search_scale(
-            *per_channel, floats, seen.gram, seen.tokens, group_size, bits, activation=activation, cached_max=cached_max
+            *per_channel, floats, seen.gram, seen.tokens, formats, activation=activation, cached_max=cached_max
         )
     assert recipe.equalization == "awq", recipe.equalization
-    return awq_scale(share(seen.channel_mean), floats, seen.gram, group_size, bits)
+    return awq_scale(share(seen.channel_mean), floats, seen.gram, formats)
 
 
 def _weight_max(weights: Sequence[torch.Tensor]) -> np.ndarray:

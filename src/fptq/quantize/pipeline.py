@@ -30,7 +30,7 @@ from fptq.quantize.fisher import FisherInformation
 from fptq.quantize.float_run import FloatRun
 from fptq.quantize.observe import BlockStatistics, Wanted
 from fptq.quantize.parts import Parts
-from fptq.quantize.policy import decide, decide_head, layer_formats
+from fptq.quantize.policy import check_layers, decide, decide_head
 from fptq.quantize.qat import TrainingSpec, disk_bytes, train
 from fptq.quantize.quantized import quantized
 from fptq.quantize.recording import Recording
@@ -152,7 +152,7 @@ class _Job:
         auto = options.storage_dtype == "auto"
         self.storage_dtype = source.storage_dtype() if auto else getattr(torch, options.storage_dtype)
         self.training = training_spec(recipe)
-        self.formats = layer_formats(source, recipe)
+        self.formats = check_layers(source, recipe)
         choose_target()  # an impossible FPTQ_KERNEL shows before hours of work, too
         self.workspace = Workspace(destination, self._identity(), overwrite=options.overwrite)
         if recipe.tuning_steps and len(data.tokens) < 2:

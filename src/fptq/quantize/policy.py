@@ -87,19 +87,20 @@ def decide(
         seen, names = statistics.inputs[first], quantized[first]
         if not names:
             continue
-        # layers that read one input have its width and its role, so the same scheme
-        where = f"{block_name}.{names[0]}"
-        bits, group_size = layer_bits_and_group(seen.channel_max.size, group.role, recipe, where)
+        formats = {
+            name: layer_bits_and_group(seen.channel_max.size, group.role, recipe, f"{block_name}.{name}")
+            for name in names
+        }
         choice = _choose(group, seen, recipe)
         if choice.equalize:
             readers = [weights[name] for name in names]
             cached = _cached_max(group, statistics) if searches and recipe.kv_cache == "int8" else None
             scales[first] = equalization_scale(
-                group, seen, recipe, choice.activation, readers, bits, group_size, cached
+                group, seen, recipe, choice.activation, readers, list(formats.values()), cached
             )
             if searches and group.source:
                 _divide_rows(weights, (group.source, scales[first]))
-        for name in names:
+        for name, (bits, group_size) in formats.items():
             layers[name] = LayerPlan(
                 role=group.role,
                 input=f"{block_name}.{first}",
@@ -204,7 +205,7 @@ def _obstacle(group: InputGroup, recipe: Recipe) -> str:
     return ""
 
 
-def layer_formats(source: FloatModel, recipe: Recipe) -> dict[str, tuple[int, int]]:
+def check_layers(source: FloatModel, recipe: Recipe) -> dict[str, tuple[int, int]]:
     """Return bits and group size of every layer that will be quantized, by its full name.
 
     Raises:
@@ -217,9 +218,12 @@ def layer_formats(source: FloatModel, recipe: Recipe) -> dict[str, tuple[int, in
         for group in source.groups
         for layer in group.layers
     }
-    for pattern in recipe.skip:
+    patterns = [("--skip", pattern) for pattern in recipe.skip]
+    patterns += [("--layer-format", pattern) for pattern, _, _ in recipe.format_entries()]
+    for option, pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in layers):
-            raise QuantizationError(f"--skip '{pattern}' matches no layer; layers are named like {next(iter(layers))}")
+            example = next(iter(layers))
+            raise QuantizationError(f"{option} '{pattern}' matches no layer; layers are named like {example}")
     quantized = {name: layer for name, layer in layers.items() if not is_skipped(name, recipe)}
     if not quantized:
         raise QuantizationError("--skip leaves no layer to quantize")
@@ -278,8 +282,11 @@ def layer_bits_and_group(
     Raises:
         QuantizationError: no group size fits; it names one that fits `widths`, too.
     """
-    bits = 8 if role.value in recipe.int8_roles else recipe.weight_bits
-    return bits, in_features if bits == 8 else choose_group_size(in_features, recipe.group_size, name, widths)
+    bits, group_size = 8 if role.value in recipe.int8_roles else recipe.weight_bits, recipe.group_size
+    for pattern, *own in reversed(recipe.format_entries()):
+        if fnmatchcase(name, pattern):
+            bits, group_size = own
+    return bits, in_features if bits == 8 else choose_group_size(in_features, group_size, name, widths)
 
 
 def choose_group_size(in_features: int, wanted: int, name: str, widths: Collection[int] = ()) -> int:

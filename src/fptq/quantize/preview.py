@@ -14,7 +14,7 @@ from fptq.models.loading import FloatModel, head_layers
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationSpec, calibration_for
 from fptq.quantize.observe import Wanted
-from fptq.quantize.policy import decide, decide_head, layer_formats
+from fptq.quantize.policy import check_layers, decide, decide_head
 from fptq.quantize.walk import CalibrationWalk
 from fptq.recipe import Recipe
 
@@ -37,7 +37,7 @@ def preview(
     data = calibration_for(source, calibration)
     layers: dict[str, dict[str, Any]] = {}
     arrays: dict[str, np.ndarray] = {}
-    layer_formats(source, recipe)  # what can't be is told before the walk
+    check_layers(source, recipe)  # what can't be is told before the walk
     dtype = getattr(torch, compute_dtype)
     with tempfile.TemporaryDirectory(prefix="fptq-") as folder:
         walk = CalibrationWalk(source, data.tokens, dtype, Path(folder), Wanted.of([recipe], data.tokens.size))
