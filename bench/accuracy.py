@@ -6,6 +6,8 @@
 
 One model after the other, each on all texts. Ours run on the engine with their int8 KV cache, the reference and other
 programs' results in transformers, in `--dtype` and on `--device`. With --store what was scored isn't scored again.
+With `--divergence N` there is also the KL divergence from the float model on the first N windows, for which each model
+is run beside it: chance in rounding moves that less than perplexity.
 
 Prints Markdown tables: every figure with its standard error, every difference to the float model, paired, and those
 from one result to another.
@@ -14,6 +16,7 @@ from one result to another.
 import argparse
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,8 +24,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fptq.checkpoint import Checkpoint, is_checkpoint
-from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean_of_estimates, perplexity_ratio
-from fptq.evaluate.fidelity import TOKENS_AT_ONCE, Scored, ScoredModel, cut_windows, window_losses
+from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean, mean_of_estimates, perplexity_ratio
+from fptq.evaluate.fidelity import (
+    TOKENS_AT_ONCE,
+    Scored,
+    ScoredModel,
+    cut_windows,
+    score_windows,
+    window_losses,
+)
 from fptq.evaluate.paper import COMMON_SENSE
 from fptq.evaluate.runner import open_model
 from fptq.evaluate.scores import PERPLEXITY, TaskScore, TaskSpec
@@ -32,6 +42,7 @@ from fptq.models.text import beginning_of_sequence, read_text
 from fptq.report.tables import format_estimate
 
 REFERENCE = "float"
+DIVERGENCE = "KL divergence"
 TOKENS_AT_ONCE_ON = {"cpu": TOKENS_AT_ONCE, "cuda": 8 * TOKENS_AT_ONCE}
 
 
@@ -51,37 +62,64 @@ def open_scored(model: str, dtype: torch.dtype, device: str) -> Scored:
 
 def score_windows_kept(model: Scored, windows: torch.Tensor, store: Path | None) -> list[float]:
     """Return each window's loss, in nats a token; those in the file `store` aren't computed again."""
-    kept = {"model": model.identity, "losses": []}
+    return _figures_kept(model, windows, store, "losses", lambda rest: window_losses(model, rest))
+
+
+def divergences_kept(reference: Scored, model: Scored, windows: torch.Tensor, store: Path | None) -> list[float]:
+    """Return each window's KL divergence from the reference, in nats a token, likewise."""
+
+    def diverging(rest: torch.Tensor) -> Iterator[float]:
+        for window in rest:
+            scores = score_windows({"reference": reference, "model": model}, window[None], progress=False)
+            yield scores["model"]["kl_divergence"].value
+
+    return _figures_kept(model, windows, store, "divergences", diverging)
+
+
+def _figures_kept(
+    model: Scored,
+    windows: torch.Tensor,
+    store: Path | None,
+    what: str,
+    score: Callable[[torch.Tensor], Iterator[float]],
+) -> list[float]:
+    """Return a figure for each window, by `score` where the file `store` hasn't got it under the name `what`."""
+    kept = {"model": model.identity}
     if store is not None and store.exists():
         kept = json.loads(store.read_text())
         if kept["model"] != model.identity:
-            raise SystemExit(f"{store}: has the losses of {kept['model']}, not of {model.identity}")
-    losses: list[float] = kept["losses"]
-    if len(losses) < len(windows):
-        for loss in window_losses(model, windows[len(losses) :]):
-            losses.append(loss)
+            raise SystemExit(f"{store}: has figures of {kept['model']}, not of {model.identity}")
+    figures: list[float] = kept.setdefault(what, [])
+    if len(figures) < len(windows):
+        for figure in score(windows[len(figures) :]):
+            figures.append(figure)
             if store is not None:
                 store.write_text(json.dumps(kept))
-    return losses[: len(windows)]
+    return figures[: len(windows)]
 
 
 @dataclass
 class Result:
-    """What one model has: a loss for each window, in nats a token, and the scores of tasks."""
+    """What one model has: a loss and, if it was asked for, a divergence for each window, and the scores of tasks."""
 
     losses: list[float]
+    divergences: list[float] = field(default_factory=list)
     tasks: dict[str, TaskScore] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Estimate]:
-        """Return every figure by its name: perplexity, and accuracies as shares."""
+        """Return every figure by its name: perplexity, KL divergence in nats a token, and accuracies as shares."""
         perplexity = {PERPLEXITY: exponential_of_mean(self.losses)} if self.losses else {}
-        return perplexity | with_mean({name: score.estimate for name, score in self.tasks.items()})
+        divergence = {DIVERGENCE: mean(self.divergences)} if self.divergences else {}
+        return perplexity | divergence | with_mean({name: score.estimate for name, score in self.tasks.items()})
 
     def differences(self, base: "Result") -> dict[str, Estimate]:
         """Return how every figure differs from another model's, paired: of the perplexity the relative increase."""
-        increase = {PERPLEXITY: perplexity_ratio(self.losses, base.losses).increase()} if self.losses else {}
+        differences = {PERPLEXITY: perplexity_ratio(self.losses, base.losses).increase()} if self.losses else {}
+        if self.divergences and base.divergences:
+            pairs = zip(self.divergences, base.divergences, strict=True)
+            differences[DIVERGENCE] = mean([own - other for own, other in pairs])
         accuracies = {name: score.differences(base.tasks[name])[score.metric] for name, score in self.tasks.items()}
-        return increase | with_mean(accuracies)
+        return differences | with_mean(accuracies)
 
 
 def with_mean(figures: dict[str, Estimate]) -> dict[str, Estimate]:
@@ -93,7 +131,9 @@ def with_mean(figures: dict[str, Estimate]) -> dict[str, Estimate]:
 
 
 def cell(metric: str, figure: Estimate | None, difference: Estimate | None) -> str:
-    """Return a figure, and in brackets a difference, in percent or percentage points."""
+    """Return a figure, and in brackets a difference: in percent or percentage points, or of a divergence in nats."""
+    if metric == DIVERGENCE:
+        return " ".join(format_estimate(shown, sign) for shown, sign in ((figure, ""), (difference, "+")) if shown)
     parts = []
     if figure is not None:
         parts = [format_estimate(figure if metric == PERPLEXITY else figure.scaled(100))]
@@ -111,13 +151,13 @@ def markdown(results: dict[str, Result], counts: dict[str, str]) -> str:
         results: by model, the float model first.
         counts: how many windows or documents a metric has, as it is shown.
     """
-    metrics = list(results[REFERENCE].figures())
+    metrics = list(dict.fromkeys(metric for result in results.values() for metric in result.figures()))
     heads = [f"{metric}, {counts[metric]}" if metric in counts else metric for metric in metrics]
     lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(metrics)]
     for name, result in results.items():
         figures = result.figures()
         differences = result.differences(results[REFERENCE]) if name != REFERENCE else {}
-        cells = [cell(metric, figures[metric], differences.get(metric)) for metric in metrics]
+        cells = [cell(metric, figures.get(metric), differences.get(metric)) for metric in metrics]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "| one to another | " + " | ".join(metrics) + " |", lines[1]]
     names = [name for name in results if name != REFERENCE]
@@ -140,6 +180,7 @@ def main() -> None:
     parser.add_argument(
         "--limit", action="append", default=[], metavar="[TASK=]N", help="windows, or a task's documents"
     )
+    parser.add_argument("--divergence", type=int, default=0, metavar="N", help="windows to take it on")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", choices=TOKENS_AT_ONCE_ON)
     parser.add_argument("--threads", type=int, default=2)
@@ -163,7 +204,12 @@ def main() -> None:
         start = time.perf_counter()
         model = open_scored(folder, getattr(torch, options.dtype), options.device)
         kept = options.store / name if options.store else None
-        results[name] = Result(score_windows_kept(model, windows, kept and kept.with_suffix(f".{options.length}.json")))
+        file = kept and kept.with_suffix(f".{options.length}.json")
+        results[name] = Result(score_windows_kept(model, windows, file))
+        if name == REFERENCE and options.divergence:
+            reference = model
+        elif options.divergence:
+            results[name].divergences = divergences_kept(reference, model, windows[: options.divergence], file)
         if spec is not None:
             results[name].tasks = run_tasks(model, tokenizer, spec, store=kept and kept.with_suffix(".jsonl"))
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
@@ -171,7 +217,8 @@ def main() -> None:
 
     counts = {task: str(sum(score.documents.values())) for task, score in results[REFERENCE].tasks.items()}
     print(f"\nreference {options.reference} in {options.dtype} on {options.device}; ours on the engine\n")
-    print(markdown(results, {PERPLEXITY: f"{len(windows)} windows", **counts}))
+    shown = {PERPLEXITY: f"{len(windows)} windows", DIVERGENCE: f"{min(options.divergence, len(windows))} windows"}
+    print(markdown(results, {**shown, **counts}))
     if options.json:
         found = {
             name: {
