@@ -184,8 +184,11 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     shown = {key: value for key, value in recipe.items() if key not in idle and (value != usual[key] or key in _SHOWN)}
     settings = ", ".join(f"{key} {_setting(value)}" for key, value in shown.items())
     source = f" ({PRESETS[recipe['name']].source})" if recipe["name"] in PRESETS else ""
-    sizes = Counter(layer["group_size"] for layer in inside.values())
-    groups = ", ".join(f"{size} in {count} layers" for size, count in sorted(sizes.items()))
+    sizes = Counter((layer["weight_bits"], layer["group_size"], layer["shape"][1]) for layer in inside.values())
+    counts: Counter[str] = Counter()
+    for (width, size, columns), count in sorted(sizes.items()):
+        counts[f"int{width} by rows" if size == columns else f"groups of {size}"] += count
+    forms = ", ".join(f"{form} in {count} layers" for form, count in counts.items())
     tuned = [f"  {tuning_summary(record['tuning'])}"] if record.get("tuning") else []
     ranges = [cache["key_range_after"] for cache in record["cache"].values()]
     simulated = ["  no engine runs this method: it is simulated in float"] if checkpoint.simulated else []
@@ -194,7 +197,7 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
             f"{checkpoint.folder}: {sum(p.stat().st_size for p in shards) / 1e6:.1f} MB in {len(shards)} shard(s)",
             f"  {weights / 1e6:.1f} M weights in {bits}, {checkpoint.weight_bits:.2f} bits each with their scales; "
             f"KV cache {'int8' if record['cache'] else 'float'}" + (f"; int8 by rows: {outside}" if outside else ""),
-            f"  recipe {recipe['name']}{source}: {settings or 'no settings'}; weight groups of {groups}",
+            f"  recipe {recipe['name']}{source}: {settings or 'no settings'}; {forms}",
             *simulated,
             *tuned,
             f"  calibrated on {calibration['source']}: {calibration['samples']} samples of {calibration['length']} "
