@@ -169,6 +169,12 @@ def range_table(layers: dict[str, dict[str, Any]], statistics: dict[str, np.ndar
     return format_table(["channel maxima (smallest / largest)", *extremes], rows)
 
 
+def _form(layer: dict[str, Any]) -> str:
+    """Return how a layer's weights are stored."""
+    by_rows = layer["group_size"] == layer["shape"][1]
+    return f"int{layer['weight_bits']} by rows" if by_rows else f"groups of {layer['group_size']}"
+
+
 def checkpoint_summary(checkpoint: Checkpoint) -> str:
     """Return size, bits a weight, recipe and calibration in a few lines."""
     record = checkpoint.record
@@ -184,11 +190,8 @@ def checkpoint_summary(checkpoint: Checkpoint) -> str:
     shown = {key: value for key, value in recipe.items() if key not in idle and (value != usual[key] or key in _SHOWN)}
     settings = ", ".join(f"{key} {_setting(value)}" for key, value in shown.items())
     source = f" ({PRESETS[recipe['name']].source})" if recipe["name"] in PRESETS else ""
-    sizes = Counter((layer["weight_bits"], layer["group_size"], layer["shape"][1]) for layer in inside.values())
-    counts: Counter[str] = Counter()
-    for (width, size, columns), count in sorted(sizes.items()):
-        counts[f"int{width} by rows" if size == columns else f"groups of {size}"] += count
-    forms = ", ".join(f"{form} in {count} layers" for form, count in counts.items())
+    ordered = sorted(inside.values(), key=lambda layer: (layer["weight_bits"], layer["group_size"]))
+    forms = ", ".join(f"{form} in {count} layers" for form, count in Counter(map(_form, ordered)).items())
     tuned = [f"  {tuning_summary(record['tuning'])}"] if record.get("tuning") else []
     ranges = [cache["key_range_after"] for cache in record["cache"].values()]
     simulated = ["  no engine runs this method: it is simulated in float"] if checkpoint.simulated else []
