@@ -15,6 +15,7 @@ from fptq.models.loading import FloatModel
 from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, quantize
 from fptq.quantize.equalize import awq_scale, key_scale, lae_scale, output_error, search_scale, smoothquant_scale
+from fptq.quantize.observe import InputStatistics
 from fptq.recipe import Activation
 from fptq.report.tables import checkpoint_summary
 from quantizing import QUIET
@@ -44,6 +45,13 @@ def test_awq_finds_the_ratio_of_least_output_error() -> None:
     assert error(found) < 0.8 * error(torch.ones(64))
 
 
+def statistics(x: torch.Tensor) -> InputStatistics:
+    seen = InputStatistics.empty(x.shape[1], gram=True)
+    seen.update(x)
+    seen.complete()
+    return seen
+
+
 class TestSearchedScale:
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))
     x = correlated_inputs(64)
@@ -55,39 +63,38 @@ class TestSearchedScale:
         weight: torch.Tensor = weight,
         cached_max: np.ndarray | None = None,
     ) -> torch.Tensor:
-        rms, maxima = x.square().mean(0).sqrt().numpy(), x.abs().amax(0).numpy()
-        largest = weight.abs().amax(0).numpy()
-        given = maxima, rms, largest, [weight], x.T @ x, len(x), [(4, 32)]
-        return torch.from_numpy(search_scale(*given, activation=activation, cached_max=cached_max))
+        found = search_scale(statistics(x), [weight], [(4, 32)], activation=activation, cached_max=cached_max)
+        return torch.from_numpy(found)
 
-    def error(self, s: torch.Tensor, *, static: bool) -> float:
+    def error(self, s: torch.Tensor, activation: Activation, given: torch.Tensor = x) -> float:
         """What the scale costs, measured: rounded inputs times rounded weights beside the exact product."""
         rounded = numerics.dequantize_weight(*numerics.quantize_weight(self.weight * s, 32))
-        x = self.x / s
-        if static:
-            step = float(x.abs().max()) / 127
-            x = (x / step).round() * step
-        return float((x @ rounded.T - self.x @ self.weight.T).square().sum())
+        step = float((given / s).abs().max()) / 127
+        x = numerics.simulate(given / s, activation, step)
+        return float((x @ rounded.T - given @ self.weight.T).square().sum())
 
-    def test_it_is_at_least_as_good_as_every_published_scale(self) -> None:
-        maxima, rms = self.x.abs().amax(0), self.x.square().mean(0).sqrt()
-        published = [torch.ones(64), torch.from_numpy(lae_scale(maxima.numpy())), rms**0.5]
-        published.append(torch.from_numpy(smoothquant_scale(maxima.numpy(), self.weight.abs().amax(0).numpy(), 0.5)))
-        for static in (False, True):
+    def test_it_is_at_least_as_good_as_every_published_scale(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("fptq.quantize.observe.ROWS_APART", 1)
+        peaks = torch.randn(self.x.shape, generator=torch.Generator().manual_seed(7)).exp()
+        for activation in (Activation.NONE, Activation.STATIC, Activation.DYNAMIC):
+            x = self.x * peaks**2 if activation is Activation.DYNAMIC else self.x  # each token's are elsewhere
+            maxima, rms = x.abs().amax(0), x.square().mean(0).sqrt()
+            published = [torch.ones(64), torch.from_numpy(lae_scale(maxima.numpy())), rms**0.5]
+            published.append(
+                torch.from_numpy(smoothquant_scale(maxima.numpy(), self.weight.abs().amax(0).numpy(), 0.5))
+            )
             # the middle of a scale is the search's to choose, and moves roundings a little
-            found = self.search(self.x, Activation.STATIC if static else Activation.NONE)
-            best = self.error(found, static=static)
-            assert all(best < 1.05 * self.error(s, static=static) for s in published)
-            assert best < 0.8 * self.error(torch.ones(64), static=static)
+            best = self.error(self.search(x, activation), activation, x)
+            errors = [self.error(s, activation, x) for s in published]
+            assert all(best < 1.05 * error for error in errors)
+            assert best < 0.8 * errors[0]
 
     def test_a_layer_counts_by_all_its_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Not by those that are looked at, which are as many of each."""
         other = torch.randn(32, 64, generator=torch.Generator().manual_seed(6))
         other *= torch.linspace(0.05, 2, 64).roll(20)  # wants another scale
         weights = [self.weight.repeat_interleave(8, dim=0), other]
-        x, largest = self.x, torch.cat(weights).abs().amax(0).numpy()
-        maxima, rms = x.abs().amax(0).numpy(), x.square().mean(0).sqrt().numpy()
-        given = maxima, rms, largest, weights, x.T @ x, len(x), [(4, 32)] * 2
+        given = statistics(self.x), weights, [(4, 32)] * 2
         exact = search_scale(*given, activation=Activation.NONE)
         monkeypatch.setattr("fptq.quantize.equalize._SEARCH_WEIGHTS", 32 * 64)
         np.testing.assert_array_equal(search_scale(*given, activation=Activation.NONE), exact)

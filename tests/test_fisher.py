@@ -192,12 +192,10 @@ def test_what_outputs_were_divided_by_is_told(tmp_path: Path, variant: str) -> N
     ids, wanted = token_ids(), recipe()
     with source.loaded(torch.float32) as model, torch.no_grad():
         block = source.blocks[0]
-        with observing(block, source.groups) as statistics:
+        with observing(block, source.groups, Wanted(gram=True)) as statistics:
             model(ids)
         statistics.key_channel_max = np.ones((2, 32 if variant == "gemma3" else 16), np.float32) + np.arange(2)[:, None]
         statistics.value_channel_max = np.ones_like(statistics.key_channel_max)
-        for seen in statistics.inputs.values():
-            seen.gram = torch.eye(len(seen.channel_max))
         layers = [name for group in source.groups for name in group.layers]
         before = {name: block.get_submodule(name).weight.clone() for name in layers}
         plan = decide(source.groups, statistics, wanted, "block", before)

@@ -25,6 +25,7 @@ AWQ_GRID = 20
 SEARCH_EXPONENTS = tuple(step / 10 for step in range(1, 11))
 """Exponents of the input's magnitude that the search of `search_scale` tries."""
 
+_LEFT_BY_GPTQ = 0.5  # of the output error of rounding to nearest, as a rule
 _SEARCH_ROWS, _SEARCH_WEIGHTS = 1024, 1 << 18  # that speak for all of a layer in a search: rows, evenly taken
 
 
@@ -81,48 +82,47 @@ def awq_scale(
 
 
 def search_scale(
-    channel_max: np.ndarray,
-    channel_rms: np.ndarray,
-    weight_max: np.ndarray,
+    seen: InputStatistics,
     weights: Sequence[torch.Tensor],
-    gram: torch.Tensor,
-    tokens: int,
     formats: Sequence[tuple[int, int]],
     *,
     activation: Activation,
+    gptq: bool = False,
     cached_max: np.ndarray | None = None,
+    share: Callable[[np.ndarray], np.ndarray] = lambda values: values,
 ) -> np.ndarray:
     """Return the scale of least output error of a family that has LAE's and none (1), float32 [k].
 
     With m the maxima or the root mean squares of |x|, and w the maxima of |w|, the others are m^a (like AWQ's) and
     m^a / w^(1-a) (SmoothQuant's, with the maxima) for a in SEARCH_EXPONENTS. The error is that of all layers together,
-    Σ‖(Q(W·s)/s - W)·X‖², and that of the inputs' rounding, whose step Δ makes noise of the variance Δ²/12 in every
-    channel: tokens · Δ²/12 · ‖Q(W·s)‖². A static step is max(|x|/s) / 127; of the steps that tokens have, the mean
-    square is at least that of the largest channel, and this is taken for it. Where the input is a mean of values that
-    are kept in int8, noise of their step is added, as if one value were attended to. Channels that are always zero get
-    1; those that no weight reads are brought within the range of the others.
+    Σ‖(Q(W·s)/s - W)·X‖², of which GPTQ will leave about a half, and that of the inputs' rounding, whose step Δ makes
+    noise of the variance Δ²/12 in every channel: tokens · Δ²/12 · ‖Q(W·s)‖². A static step is max(|x|/s) / 127; where
+    tokens have their own, Δ² is the mean of some of them. Where the input is a mean of values that are kept in int8,
+    noise of their step is added, as if one value were attended to. Channels that are always zero get 1; those that no
+    weight reads are brought within the range of the others.
 
     Args:
-        channel_max: max|x| of each channel.
-        channel_rms: root mean square of each channel.
-        weight_max: max|w| of each input channel over all layers that read it.
+        seen: the statistics of the input, with its Gram matrix.
         weights: of the layers that read the input, [n, k] each.
-        gram: XᵀX [k, k].
-        tokens: how many the Gram matrix is summed over.
         formats: bits of a code, and group size, of each of the weights.
         activation: how the input is quantized.
+        gptq: the weights will be rounded by GPTQ.
         cached_max: max|v| [k] of the values that each channel is a mean of, if the KV cache is in int8.
+        share: makes values of channels those of channels that have one scale together.
     """
-    rows = min(_SEARCH_ROWS, -(-_SEARCH_WEIGHTS // len(channel_max)))  # each costs k² operations for a candidate
-    strides = [-(-len(weight) // rows) for weight in weights]
-    x, rms, w = (torch.from_numpy(values).double() for values in (channel_max, channel_rms, weight_max))
+    assert seen.gram is not None
+    assert seen.rows is not None
+    per_channel = share(seen.channel_max), share(seen.channel_rms), share(_weight_max(weights))
+    x, rms, w = (torch.from_numpy(values).double() for values in per_channel)
+    sampled_rows = min(_SEARCH_ROWS, -(-_SEARCH_WEIGHTS // len(x)))  # each costs k² operations a candidate
+    strides = [-(-len(weight) // sampled_rows) for weight in weights]
     known, unread = (x > 0) & (w > 0), (x > 0) & (w == 0)
     x1, rms1, w1 = (torch.where(known, values, 1.0) for values in (x, rms, w))
-    rounded_together = {Activation.STATIC: [x], Activation.DYNAMIC: [rms]}.get(activation, [])
+    rounded_together = {Activation.STATIC: [x[None]], Activation.DYNAMIC: [seen.rows.abs()]}.get(activation, [])
     if cached_max is not None:
-        rounded_together = [*rounded_together, torch.from_numpy(cached_max).double()]
+        rounded_together = [*rounded_together, torch.from_numpy(cached_max).double()[None]]
     top = numerics.integer_range(numerics.ACTIVATION_BITS)[1]
-    candidates = [torch.ones_like(x), torch.from_numpy(lae_scale(channel_max)).double()]
+    candidates = [torch.ones_like(x), torch.from_numpy(lae_scale(per_channel[0])).double()]
     for a in SEARCH_EXPONENTS:
         candidates += [m**a / divisor for m in (x1, rms1) for divisor in (1.0, w1 ** (1 - a))]
     best, least = candidates[0].float(), float("inf")
@@ -131,13 +131,14 @@ def search_scale(
         s = torch.where(known, candidate / middle, 1.0)
         reach = float(torch.where(unread, 0.0, x / s).max()) or 1.0
         s = torch.where(unread, x / reach, s).float()
-        variance = sum(float((values / s).max() / top) ** 2 / 12 for values in rounded_together)
+        variance = sum(float(((values / s).amax(1) / top).square().mean()) / 12 for values in rounded_together)
         error = 0.0
         for weight, stride, (bits, group_size) in zip(weights, strides, formats, strict=True):
             sampled = weight[::stride]
             rounded = numerics.dequantize_weight(*numerics.quantize_weight(sampled * s, group_size, bits))
-            error += stride * output_error(rounded / s - sampled, gram)
-            error += stride * tokens * variance * float(rounded.square().sum(dtype=torch.float64))
+            of_weights = output_error(rounded / s - sampled, seen.gram)
+            error += stride * of_weights * (_LEFT_BY_GPTQ if gptq else 1)
+            error += stride * seen.tokens * variance * float(rounded.square().sum(dtype=torch.float64))
         if error < least:
             best, least = s, error
     return best.numpy()
@@ -173,14 +174,12 @@ def equalization_scale(
         return lae_scale(share(seen.channel_max), recipe.alpha)
     if recipe.equalization == "smoothquant":
         return smoothquant_scale(share(seen.channel_max), share(_weight_max(weights)), recipe.alpha)
-    assert seen.gram is not None
     floats = [weight.float() for weight in weights]
     if recipe.equalization == "search":
-        per_channel = share(seen.channel_max), share(seen.channel_rms), share(_weight_max(weights))
-        return search_scale(
-            *per_channel, floats, seen.gram, seen.tokens, formats, activation=activation, cached_max=cached_max
-        )
+        gptq = recipe.rounding == "gptq"
+        return search_scale(seen, floats, formats, activation=activation, gptq=gptq, cached_max=cached_max, share=share)
     assert recipe.equalization == "awq", recipe.equalization
+    assert seen.gram is not None
     return awq_scale(share(seen.channel_mean), floats, seen.gram, formats)
 
 

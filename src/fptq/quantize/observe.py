@@ -23,13 +23,16 @@ from fptq.recipe import Recipe
 HISTOGRAM_TOKENS = 4096
 """Histograms are drawn from this many tokens; maxima come from all of them."""
 
+ROWS_APART = 127
+"""Of so many tokens the inputs of one are kept. No sample has a length that this prime divides into a few places."""
+
 
 @dataclass(frozen=True)
 class Wanted:
     """What to observe besides ranges, which everything needs.
 
     Attributes:
-        gram: the inputs' Gram matrices.
+        gram: the inputs' Gram matrices, and some of their rows.
         mean: each channel's mean |x|.
         percentile: of |x|, of each tensor and of each channel; None for none.
         tokens: how many will come; percentiles need to know.
@@ -88,6 +91,7 @@ class InputStatistics:
         histogram_tokens: how many it comes from.
         gram: XᵀX float32 [k, k] summed over all tokens, which may have weights; None if it wasn't wanted. What lies
             below the diagonal is there after `complete`.
+        rows: some tokens' inputs, float32 [rows, k], times the roots of their weights; None without Gram matrix.
         tensor_percentile: of all |x|; None if it wasn't wanted.
         channel_percentile: of each channel's |x| [k]; None if it wasn't wanted.
     """
@@ -100,14 +104,18 @@ class InputStatistics:
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(HISTOGRAM_BINS, np.int64))
     histogram_tokens: int = 0
     gram: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
     tensor_percentile: float | None = None
     channel_percentile: np.ndarray | None = None
 
     @classmethod
-    def empty(cls, channels: int) -> InputStatistics:
+    def empty(cls, channels: int, *, gram: bool = False) -> InputStatistics:
         """Return the statistics of an input of so many channels before any token."""
         zeros = np.zeros(channels, np.float32)
-        return cls(zeros, zeros + np.float32("inf"), zeros - np.float32("inf"))
+        empty = cls(zeros, zeros + np.float32("inf"), zeros - np.float32("inf"))
+        if gram:
+            empty.gram, empty.rows = torch.zeros(channels, channels), torch.zeros(0, channels)
+        return empty
 
     @property
     def range(self) -> float:
@@ -150,13 +158,16 @@ class InputStatistics:
         self.channel_max = np.maximum(self.channel_max, np.maximum(-low, high))
         if self.channel_sum is not None:
             self.channel_sum += x.abs().sum(0, dtype=torch.float64).numpy()
+        first_row = -self.tokens % ROWS_APART
         self.tokens += len(x)
         if self.histogram_tokens < HISTOGRAM_TOKENS:
             part = x[: HISTOGRAM_TOKENS - self.histogram_tokens]
             self.histogram += count_magnitudes(part.abs())
             self.histogram_tokens += len(part)
-        if self.gram is not None:
-            add_to_gram_(self.gram, x if weights is None else x * weights[: len(x), None].sqrt())
+        if self.gram is not None and self.rows is not None:
+            weighted = x if weights is None else x * weights[: len(x), None].sqrt()
+            add_to_gram_(self.gram, weighted)
+            self.rows = torch.cat([self.rows, weighted[first_row::ROWS_APART]])
         return x
 
     def complete(self) -> None:
@@ -234,7 +245,7 @@ class BlockStatistics:
         for name, value in arrays.items():
             first, _, part = name.rpartition("/")
             if first:
-                inputs.setdefault(first, {})[part] = torch.from_numpy(value) if part == "gram" else value
+                inputs.setdefault(first, {})[part] = torch.from_numpy(value) if part in ("gram", "rows") else value
         for parts in inputs.values():
             for name in ("tokens", "histogram_tokens"):
                 parts[name] = int(parts[name])
@@ -272,9 +283,7 @@ def observing(
         first = group.layers[0]
         layer = block.get_submodule(first)
         k = layer.in_features
-        inputs = statistics.inputs[first] = InputStatistics.empty(k)
-        if wanted.gram:
-            inputs.gram = torch.zeros(k, k)
+        inputs = statistics.inputs[first] = InputStatistics.empty(k, gram=wanted.gram)
         if wanted.mean:
             inputs.channel_sum = np.zeros(k)
         if wanted.percentile is not None:

@@ -28,7 +28,7 @@ from fptq.models.loading import FloatModel, library_versions
 from fptq.models.stepping import BlockStepper
 from fptq.progress import progress_bar
 from fptq.quantize.activations import cut_batches
-from fptq.quantize.observe import BlockStatistics, Wanted
+from fptq.quantize.observe import ROWS_APART, BlockStatistics, Wanted
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import exclusive
 from fptq.shards import write_durably, write_json
@@ -170,7 +170,8 @@ class Recording:
         """Raise OutputError unless there is room for all blocks' Gram matrices and inputs, and the activations."""
         widths = [self._source.blocks[0].get_submodule(group.layers[0]).in_features for group in self._source.groups]
         hidden, (_, count) = self._source.config.hidden_size, self.batches[0]
-        grams = blocks * sum(4 * width * width for width in widths) if wanted.gram else 0
+        rows = -(-self._tokens.size // ROWS_APART)
+        grams = blocks * sum(4 * width * (width + rows) for width in widths) if wanted.gram else 0
         inputs = (
             4 * blocks * count * self._tokens.shape[1] * hidden + 2 * self._tokens.size * hidden * self.dtype.itemsize
         )
