@@ -21,7 +21,7 @@ from fptq.models.loading import FloatModel, cache_argument
 from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, quantize
 from fptq.quantize.calibration import load_calibration
-from fptq.quantize.tuning import RECALL_WEIGHT, Tuner, held_out, samples_needed, token_weights
+from fptq.quantize.tuning import RECALL_WEIGHT, Tuner, held_out, learning_rate, samples_needed, token_weights
 from fptq.quantize.workspace import Workspace
 from fptq.recipe import Recipe
 from fptq.report.page import settings_table
@@ -99,6 +99,12 @@ def test_a_model_that_gets_no_better_stays_as_it_is(tmp_path: Path, monkeypatch:
     assert tuning["kl_after"] > tuning["kl_before"]
     assert "no better" in checkpoint_summary(Checkpoint.open(tuned))
     assert (plain / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
+
+
+def test_wide_models_learn_at_a_lower_rate() -> None:
+    assert learning_rate(64) == learning_rate(576) == 1e-3
+    assert learning_rate(4096) == pytest.approx(learning_rate(2048) / 2)
+    assert learning_rate(4096) == pytest.approx(1.46e-4, rel=0.01)
 
 
 @pytest.mark.parametrize("variant", ["gemma2", "opt"])

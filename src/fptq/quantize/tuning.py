@@ -43,7 +43,7 @@ from fptq.recipe import Activation
 from fptq.shards import read_header, read_tensor, write_shard
 
 LEARNING_RATE = 1e-3
-"""Of the factors, once it has risen; from there it falls to zero."""
+"""Of the factors, once it has risen; from there it falls to zero. See `learning_rate`."""
 MOST_CHANGE = 0.5
 """How far a factor can go from 1."""
 
@@ -52,11 +52,21 @@ RECALL_WEIGHT = 9.0
 
 _FAR_BACK = 16  # tokens
 _RARE_SHARE = 8  # a token is rare that no more than one sample of so many has
+_WIDTH = 600
 _WARMUP_STEPS = 10
 _BETAS = (0.9, 0.95)
 _HELD_OUT_SHARE = 8  # one sample of so many, and not more than so many
 _STEPS_BETWEEN_STATES = 10
 _PASSES_OF_A_STEP = 4  # forward, forward again, and twice that backward
+
+
+def learning_rate(hidden_size: int) -> float:
+    """Return the rate for a model so wide: LEARNING_RATE, and less beyond a width of 600.
+
+    Adam moves all factors by as much, whatever their gradients, and the more of them an output depends on, the further
+    it moves: the rate has to fall as the width grows (μP, arXiv 2203.03466).
+    """
+    return LEARNING_RATE * min(1.0, _WIDTH / hidden_size)
 
 
 def held_out(samples: int) -> int:
@@ -170,7 +180,8 @@ class Tuner:
                 self._changes[self._name(index, f"{layer}.weight_scale")] = torch.zeros(linear.scales.shape)
             for norm, weight in block.norms.items():
                 self._changes[self._name(index, norm)] = torch.zeros_like(weight)
-        self._optimizer = torch.optim.Adam(self._changes.values(), lr=LEARNING_RATE, betas=_BETAS)
+        self._rate = learning_rate(source.config.hidden_size)
+        self._optimizer = torch.optim.Adam(self._changes.values(), lr=self._rate, betas=_BETAS)
 
     @torch.no_grad()
     def tune(self, steps: int, *, progress: bool = True) -> Tuning:
@@ -197,7 +208,7 @@ class Tuner:
                 if not self._learn(seen[np.random.default_rng(epoch).permutation(len(seen))[place]]):
                     return Tuning({}, before, None)
                 self._optimizer.param_groups[0]["lr"] = (
-                    LEARNING_RATE * min(1, (step + 1) / _WARMUP_STEPS) * (1 - step / steps)
+                    self._rate * min(1, (step + 1) / _WARMUP_STEPS) * (1 - step / steps)
                 )
                 self._optimizer.step()
                 self._optimizer.zero_grad()
