@@ -24,7 +24,7 @@ HISTOGRAM_TOKENS = 4096
 """Histograms are drawn from this many tokens; maxima come from all of them."""
 
 ROWS_APART = 127
-"""Of so many tokens the inputs of one are kept. No sample has a length that this prime divides into a few places."""
+"""Of so many tokens one's inputs are kept. It is a prime, so that they aren't at the same places of all samples."""
 
 
 @dataclass(frozen=True)
