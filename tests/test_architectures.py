@@ -156,7 +156,7 @@ def test_a_walk_that_propagates_sees_the_same_without_computing_outputs(
     seen, finished = [], []
     for propagates in (False, True):
         (tmp_path / str(propagates)).mkdir()
-        wanted, ids = Wanted(gram=True), token_ids().numpy()
+        wanted, ids = Wanted(gram=True, some_inputs=True), token_ids().numpy()
         walk = CalibrationWalk(source, ids, torch.float32, tmp_path / str(propagates), wanted, propagates=propagates)
         walk.begin(fresh=True)
         with source.loaded_block(0, torch.float32) as block:

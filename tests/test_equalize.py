@@ -14,7 +14,7 @@ from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel
 from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, quantize
-from fptq.quantize.equalize import awq_scale, key_scale, lae_scale, output_error, search_scale, smoothquant_scale
+from fptq.quantize.equalize import awq_scale, key_scale, lae_scale, output_error, search_scale, smoothquant_scale, some_rows
 from fptq.quantize.observe import InputStatistics
 from fptq.recipe import Activation
 from fptq.report.tables import checkpoint_summary
@@ -46,7 +46,7 @@ def test_awq_finds_the_ratio_of_least_output_error() -> None:
 
 
 def statistics(x: torch.Tensor) -> InputStatistics:
-    seen = InputStatistics.empty(x.shape[1], gram=True)
+    seen = InputStatistics.empty(x.shape[1], gram=True, some_inputs=True)
     seen.update(x)
     seen.complete()
     return seen
@@ -74,7 +74,7 @@ class TestSearchedScale:
         return float((x @ rounded.T - given @ self.weight.T).square().sum())
 
     def test_it_is_at_least_as_good_as_every_published_scale(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fptq.quantize.observe.ROWS_APART", 1)
+        monkeypatch.setattr("fptq.quantize.observe.TOKENS_APART", 1)
         peaks = torch.randn(self.x.shape, generator=torch.Generator().manual_seed(7)).exp()
         for activation in (Activation.NONE, Activation.STATIC, Activation.DYNAMIC):
             x = self.x * peaks**2 if activation is Activation.DYNAMIC else self.x  # each token's are elsewhere
@@ -93,11 +93,21 @@ class TestSearchedScale:
         """Not by those that are looked at, which are as many of each."""
         other = torch.randn(32, 64, generator=torch.Generator().manual_seed(6))
         other *= torch.linspace(0.05, 2, 64).roll(20)  # wants another scale
-        weights = [self.weight.repeat_interleave(8, dim=0), other]
+        weights = [0.6 * self.weight[:1].repeat(256, 1), other]
         given = statistics(self.x), weights, [(4, 32)] * 2
         exact = search_scale(*given, activation=Activation.NONE)
         monkeypatch.setattr("fptq.quantize.equalize._SEARCH_WEIGHTS", 32 * 64)
         np.testing.assert_array_equal(search_scale(*given, activation=Activation.NONE), exact)
+
+    def test_rows_that_are_looked_at_are_of_all_heads_and_parts(self) -> None:
+        """As in a fused layer of queries, keys and values, 128 rows each for every head, one head after the other."""
+        found = some_rows(12288, 64)
+        assert len(set(found.tolist())) == 64
+        parts = np.bincount(found % 384 // 128, minlength=3)
+        assert parts.min() > 10
+        assert len(set((found % 128).tolist())) > 40
+        assert len(set((found // 384).tolist())) > 20
+        assert some_rows(5, 64).tolist() == [0, 1, 2, 3, 4]
 
     def test_int8_inputs_move_more_of_the_range_into_the_weight(self) -> None:
         def spread(activation: Activation) -> float:

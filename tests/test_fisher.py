@@ -151,7 +151,7 @@ class TestRounding:
         _, scales = numerics.quantize_weight(self.weight, 32)
         inputs, outputs = Compensation.of(self.gram), Compensation.of(self.output_gram)
         order = (32 * outputs.order[:, None] + inputs.order).reshape(-1)
-        whole = Compensation(order, torch.kron(outputs.factor, inputs.factor))
+        whole = Compensation(order, torch.kron(outputs.factor, inputs.factor), 0)
         wanted = round_gptq(self.weight.reshape(1, -1), whole, scales.reshape(1, -1), 4).reshape(24, 32)
         codes = round_gptq(self.weight, inputs, scales, 4, [outputs])
         assert float((codes != wanted).float().mean()) < 0.01  # float32 in another order, at ties
@@ -192,7 +192,7 @@ def test_what_outputs_were_divided_by_is_told(tmp_path: Path, variant: str) -> N
     ids, wanted = token_ids(), recipe()
     with source.loaded(torch.float32) as model, torch.no_grad():
         block = source.blocks[0]
-        with observing(block, source.groups, Wanted(gram=True)) as statistics:
+        with observing(block, source.groups, Wanted(gram=True, some_inputs=True)) as statistics:
             model(ids)
         statistics.key_channel_max = np.ones((2, 32 if variant == "gemma3" else 16), np.float32) + np.arange(2)[:, None]
         statistics.value_channel_max = np.ones_like(statistics.key_channel_max)

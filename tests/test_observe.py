@@ -53,15 +53,16 @@ def test_gram_matrices_are_in_float32_even_where_the_models_products_are_in_bflo
     torch.testing.assert_close(statistics.inputs["q"].gram, x.T @ x, rtol=1e-6, atol=1e-6)
 
 
-def test_rows_of_the_gram_matrix_are_kept_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fptq.quantize.observe.ROWS_APART", 7)
+def test_some_inputs_are_kept_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fptq.quantize.observe.TOKENS_APART", 7)
     block, x, weights = Block(), torch.randn(6, 5, 8), torch.rand(30)
     groups = [InputGroup(Role.QKV, ("q", "k"), None, "none")]
-    with observing(block, groups, Wanted(gram=True), weights={"q": weights}) as statistics, torch.no_grad():
+    with observing(block, groups, Wanted(some_inputs=True), weights={"q": weights}) as statistics, torch.no_grad():
         for part in x.split(2):  # 10 tokens each
             block(part)
     flat = (x.reshape(-1, 8) * weights[:, None].sqrt())[::7]
-    torch.testing.assert_close(statistics.inputs["q"].rows, flat)
+    torch.testing.assert_close(statistics.inputs["q"].some_inputs, flat)
+    assert statistics.inputs["q"].gram is None
 
 
 def test_hooks_are_gone_after_an_error() -> None:

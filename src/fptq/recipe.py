@@ -250,6 +250,11 @@ class Recipe:
         return self.rounding == "gptq" or self.clipping != "none" or self.equalization in ("awq", "search")
 
     @property
+    def needs_some_inputs(self) -> bool:
+        """Whether the method looks at the inputs of single tokens."""
+        return self.equalization == "search"
+
+    @property
     def needs_mean(self) -> bool:
         """Whether the method needs each channel's mean |x|."""
         return self.equalization == "awq"

@@ -26,7 +26,7 @@ SEARCH_EXPONENTS = tuple(step / 10 for step in range(1, 11))
 """Exponents of the input's magnitude that the search of `search_scale` tries."""
 
 _LEFT_BY_GPTQ = 0.5  # of the output error of rounding to nearest, as a rule
-_SEARCH_ROWS, _SEARCH_WEIGHTS = 1024, 1 << 18  # that speak for all of a layer in a search: rows, evenly taken
+_SEARCH_ROWS, _SEARCH_WEIGHTS = 1024, 1 << 18  # that speak for all of a layer in a search
 
 
 def lae_scale(channel_max: np.ndarray, alpha: float = 1.0) -> np.ndarray:
@@ -102,7 +102,7 @@ def search_scale(
     weight reads are brought within the range of the others.
 
     Args:
-        seen: the statistics of the input, with its Gram matrix.
+        seen: the statistics of the input, with its Gram matrix, and some inputs where tokens have their own step.
         weights: of the layers that read the input, [n, k] each.
         formats: bits of a code, and group size, of each of the weights.
         activation: how the input is quantized.
@@ -111,16 +111,20 @@ def search_scale(
         share: makes values of channels those of channels that have one scale together.
     """
     assert seen.gram is not None
-    assert seen.rows is not None
     per_channel = share(seen.channel_max), share(seen.channel_rms), share(_weight_max(weights))
     x, rms, w = (torch.from_numpy(values).double() for values in per_channel)
-    sampled_rows = min(_SEARCH_ROWS, -(-_SEARCH_WEIGHTS // len(x)))  # each costs k² operations a candidate
-    strides = [-(-len(weight) // sampled_rows) for weight in weights]
-    known, unread = (x > 0) & (w > 0), (x > 0) & (w == 0)
+    most_rows = min(_SEARCH_ROWS, -(-_SEARCH_WEIGHTS // len(x)))  # each costs k² operations a candidate
+    samples = [weight[some_rows(len(weight), most_rows)] for weight in weights]
+    known, unread = (x > 0) & (rms > 0) & (w > 0), (x > 0) & (w == 0)
     x1, rms1, w1 = (torch.where(known, values, 1.0) for values in (x, rms, w))
-    rounded_together = {Activation.STATIC: [x[None]], Activation.DYNAMIC: [seen.rows.abs()]}.get(activation, [])
+    rounded_together = []  # |x| [·, k], of which each row has one step
+    if activation is Activation.STATIC:
+        rounded_together.append(x[None])
+    elif activation is Activation.DYNAMIC:
+        assert seen.some_inputs is not None
+        rounded_together.append(seen.some_inputs.abs())
     if cached_max is not None:
-        rounded_together = [*rounded_together, torch.from_numpy(cached_max).double()[None]]
+        rounded_together.append(torch.from_numpy(cached_max).double()[None])
     top = numerics.integer_range(numerics.ACTIVATION_BITS)[1]
     candidates = [torch.ones_like(x), torch.from_numpy(lae_scale(per_channel[0])).double()]
     for a in SEARCH_EXPONENTS:
@@ -133,15 +137,22 @@ def search_scale(
         s = torch.where(unread, x / reach, s).float()
         variance = sum(float(((values / s).amax(1) / top).square().mean()) / 12 for values in rounded_together)
         error = 0.0
-        for weight, stride, (bits, group_size) in zip(weights, strides, formats, strict=True):
-            sampled = weight[::stride]
-            rounded = numerics.dequantize_weight(*numerics.quantize_weight(sampled * s, group_size, bits))
-            of_weights = output_error(rounded / s - sampled, seen.gram)
-            error += stride * of_weights * (_LEFT_BY_GPTQ if gptq else 1)
-            error += stride * seen.tokens * variance * float(rounded.square().sum(dtype=torch.float64))
+        for weight, sample, (bits, group_size) in zip(weights, samples, formats, strict=True):
+            rounded = numerics.dequantize_weight(*numerics.quantize_weight(sample * s, group_size, bits))
+            of_weights = output_error(rounded / s - sample, seen.gram) * (_LEFT_BY_GPTQ if gptq else 1)
+            of_inputs = seen.tokens * variance * float(rounded.square().sum(dtype=torch.float64))
+            error += len(weight) / len(sample) * (of_weights + of_inputs)
         if error < least:
             best, least = s, error
     return best.numpy()
+
+
+def some_rows(rows: int, most: int) -> torch.Tensor:
+    """Return the numbers of at most so many rows, drawn at random, always the same.
+
+    Rows that are as far apart as heads are long, or parts of a fused layer, would all play one part.
+    """
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(rows))[:most].sort().values
 
 
 def output_error(difference: torch.Tensor, gram: torch.Tensor) -> float:

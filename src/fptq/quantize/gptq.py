@@ -12,6 +12,7 @@ import torch
 
 from fptq import numerics
 from fptq.errors import QuantizationError
+from fptq.quantize.gram import damped_diagonal
 from fptq.runtime.kernels import Kernels
 
 DAMPING = 0.01
@@ -32,10 +33,12 @@ class Compensation:
         order: the columns in the order of rounding: falling energy of their input ("act-order"); the rows in that of
             their outputs' gradients.
         factor: lower Cholesky factor of the inverse of the damped Gram matrix, in that order, float32 [k, k].
+        damping: what it took, as a share of the mean diagonal.
     """
 
     order: torch.Tensor
     factor: torch.Tensor
+    damping: float
 
     @classmethod
     def of(cls, gram: torch.Tensor, damping: float = DAMPING) -> Compensation:
@@ -49,7 +52,7 @@ class Compensation:
             QuantizationError: the matrix is not finite, or not positive definite with any damping.
         """
         order = torch.argsort(torch.diagonal(gram), descending=True, stable=True)
-        return cls(order, _inverse_factor(gram[order[:, None], order], damping))
+        return cls(order, *_inverse_factor(gram[order[:, None], order], damping))
 
 
 def round_gptq(
@@ -138,20 +141,22 @@ def _round_columns_in_turn(
     return codes
 
 
-def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return the lower Cholesky factor of the damped matrix's inverse; `gram` is the function's own to change."""
-    mean = float(torch.diagonal(gram).mean())
-    if not mean < float("inf"):
-        raise QuantizationError("a Gram matrix isn't finite; the model is damaged")
+def _inverse_factor(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """Return the lower Cholesky factor of the damped matrix's inverse, and the damping that it took.
+
+    `gram` is the function's own to change.
+    """
     diagonal = torch.diagonal(gram).clone()
+    if not float(diagonal.mean()) < float("inf"):
+        raise QuantizationError("a Gram matrix isn't finite; the model is damaged")
     while damping <= _MOST_DAMPING:
-        torch.diagonal(gram).copy_(diagonal + (damping * mean or 1.0))
+        torch.diagonal(gram).copy_(damped_diagonal(diagonal, damping))
         # from the last to the first, so that the factor's inverse is the one of the inverse
         factor, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
         if not failed:
             _invert_triangle_(factor)
             if bool(torch.isfinite(factor).all()):
-                return factor.T.flip(0, 1).contiguous()
+                return factor.T.flip(0, 1).contiguous(), damping
         damping *= 10
     raise QuantizationError("a Gram matrix isn't positive definite; calibrate on more --samples")
 

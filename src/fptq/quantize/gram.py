@@ -29,11 +29,15 @@ def complete_gram_(gram: torch.Tensor) -> None:
         gram[first + _ROWS :, rows] = gram[rows, first + _ROWS :].T
 
 
+def damped_diagonal(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return the diagonal [k] of a Gram matrix with a share of its mean added, 1 if it is all zeros."""
+    return diagonal + (damping * float(diagonal.mean()) or 1.0)
+
+
 def damped_gram(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return a Gram matrix with a share of its mean diagonal added to the diagonal, 1 if it is all zeros."""
+    """Return a Gram matrix [k, k] with `damped_diagonal`."""
     damped = gram.clone()
-    diagonal = torch.diagonal(damped)
-    diagonal += damping * float(diagonal.mean()) or 1.0
+    torch.diagonal(damped).copy_(damped_diagonal(torch.diagonal(gram), damping))
     return damped
 
 

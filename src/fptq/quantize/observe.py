@@ -23,8 +23,8 @@ from fptq.recipe import Recipe
 HISTOGRAM_TOKENS = 4096
 """Histograms are drawn from this many tokens; maxima come from all of them."""
 
-ROWS_APART = 127
-"""Of so many tokens one's inputs are kept. It is a prime, so that they aren't at the same places of all samples."""
+TOKENS_APART = 127
+"""Of so many tokens one's inputs are kept, if they are wanted. It is a prime, so that they aren't at the same places of all samples."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,15 @@ class Wanted:
     """What to observe besides ranges, which everything needs.
 
     Attributes:
-        gram: the inputs' Gram matrices, and some of their rows.
+        gram: the inputs' Gram matrices.
+        some_inputs: the inputs of one token of `TOKENS_APART`.
         mean: each channel's mean |x|.
         percentile: of |x|, of each tensor and of each channel; None for none.
         tokens: how many will come; percentiles need to know.
     """
 
     gram: bool = False
+    some_inputs: bool = False
     mean: bool = False
     percentile: float | None = None
     tokens: int = 0
@@ -51,6 +53,7 @@ class Wanted:
         assert len(percentiles) <= 1, percentiles
         return cls(
             any(recipe.needs_gram for recipe in recipes),
+            any(recipe.needs_some_inputs for recipe in recipes),
             any(recipe.needs_mean for recipe in recipes),
             next(iter(percentiles), None),
             tokens,
@@ -91,7 +94,8 @@ class InputStatistics:
         histogram_tokens: how many it comes from.
         gram: XᵀX float32 [k, k] summed over all tokens, which may have weights; None if it wasn't wanted. What lies
             below the diagonal is there after `complete`.
-        rows: some tokens' inputs, float32 [rows, k], times the roots of their weights; None without Gram matrix.
+        some_inputs: those of one token of `TOKENS_APART`, float32 [·, k], times the root of what the token counts for in
+            the Gram matrix; None if they weren't wanted.
         tensor_percentile: of all |x|; None if it wasn't wanted.
         channel_percentile: of each channel's |x| [k]; None if it wasn't wanted.
     """
@@ -104,17 +108,19 @@ class InputStatistics:
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(HISTOGRAM_BINS, np.int64))
     histogram_tokens: int = 0
     gram: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
+    some_inputs: torch.Tensor | None = None
     tensor_percentile: float | None = None
     channel_percentile: np.ndarray | None = None
 
     @classmethod
-    def empty(cls, channels: int, *, gram: bool = False) -> InputStatistics:
+    def empty(cls, channels: int, *, gram: bool = False, some_inputs: bool = False) -> InputStatistics:
         """Return the statistics of an input of so many channels before any token."""
         zeros = np.zeros(channels, np.float32)
         empty = cls(zeros, zeros + np.float32("inf"), zeros - np.float32("inf"))
         if gram:
-            empty.gram, empty.rows = torch.zeros(channels, channels), torch.zeros(0, channels)
+            empty.gram = torch.zeros(channels, channels)
+        if some_inputs:
+            empty.some_inputs = torch.zeros(0, channels)
         return empty
 
     @property
@@ -149,7 +155,7 @@ class InputStatistics:
 
         Args:
             x: the values.
-            weights: what each token counts for in the Gram matrix, [all tokens], these first; None for all alike.
+            weights: what each token counts for in the Gram matrix, [tokens to come], these first; None for all alike.
         """
         x = x.detach().reshape(-1, x.shape[-1]).float()
         low, high = x.amin(0).numpy(), x.amax(0).numpy()
@@ -158,16 +164,17 @@ class InputStatistics:
         self.channel_max = np.maximum(self.channel_max, np.maximum(-low, high))
         if self.channel_sum is not None:
             self.channel_sum += x.abs().sum(0, dtype=torch.float64).numpy()
-        first_row = -self.tokens % ROWS_APART
+        first_kept = -self.tokens % TOKENS_APART
         self.tokens += len(x)
         if self.histogram_tokens < HISTOGRAM_TOKENS:
             part = x[: HISTOGRAM_TOKENS - self.histogram_tokens]
             self.histogram += count_magnitudes(part.abs())
             self.histogram_tokens += len(part)
-        if self.gram is not None and self.rows is not None:
-            weighted = x if weights is None else x * weights[: len(x), None].sqrt()
+        weighted = x if weights is None else x * weights[: len(x), None].sqrt()
+        if self.gram is not None:
             add_to_gram_(self.gram, weighted)
-            self.rows = torch.cat([self.rows, weighted[first_row::ROWS_APART]])
+        if self.some_inputs is not None:
+            self.some_inputs = torch.cat([self.some_inputs, weighted[first_kept::TOKENS_APART]])
         return x
 
     def complete(self) -> None:
@@ -245,7 +252,7 @@ class BlockStatistics:
         for name, value in arrays.items():
             first, _, part = name.rpartition("/")
             if first:
-                inputs.setdefault(first, {})[part] = torch.from_numpy(value) if part in ("gram", "rows") else value
+                inputs.setdefault(first, {})[part] = torch.from_numpy(value) if part in ("gram", "some_inputs") else value
         for parts in inputs.values():
             for name in ("tokens", "histogram_tokens"):
                 parts[name] = int(parts[name])
@@ -283,7 +290,7 @@ def observing(
         first = group.layers[0]
         layer = block.get_submodule(first)
         k = layer.in_features
-        inputs = statistics.inputs[first] = InputStatistics.empty(k, gram=wanted.gram)
+        inputs = statistics.inputs[first] = InputStatistics.empty(k, gram=wanted.gram, some_inputs=wanted.some_inputs)
         if wanted.mean:
             inputs.channel_sum = np.zeros(k)
         if wanted.percentile is not None:

@@ -28,13 +28,14 @@ from fptq.models.loading import FloatModel, library_versions
 from fptq.models.stepping import BlockStepper
 from fptq.progress import progress_bar
 from fptq.quantize.activations import cut_batches
-from fptq.quantize.observe import ROWS_APART, BlockStatistics, Wanted
+from fptq.quantize.observe import TOKENS_APART, BlockStatistics, Wanted
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import exclusive
 from fptq.shards import write_durably, write_json
 
 _INDEX = "recording.json"
 _FIRST_INPUTS = "first_inputs"
+_PARTS = ("gram", "some_inputs", "mean")  # of `Wanted`, that a recording has or hasn't
 
 
 class Recording:
@@ -78,8 +79,7 @@ class Recording:
         if done:
             wanted = Wanted(**known["wanted"])  # what there is already has more than is wanted now
         elif known.get("identity") == identity:
-            before = known["wanted"]
-            wanted = replace(wanted, gram=wanted.gram or before["gram"], mean=wanted.mean or before["mean"])
+            wanted = replace(wanted, **{part: getattr(wanted, part) or known["wanted"][part] for part in _PARTS})
         index = {"identity": identity, "wanted": asdict(wanted)}
         self._require_space(wanted, blocks)
         walk = CalibrationWalk(self._source, self._tokens, self.dtype, self._folder, wanted)
@@ -167,24 +167,25 @@ class Recording:
             ) from cause
 
     def _require_space(self, wanted: Wanted, blocks: int) -> None:
-        """Raise OutputError unless there is room for all blocks' Gram matrices and inputs, and the activations."""
+        """Raise OutputError unless there is room for all blocks' statistics, and the activations."""
         widths = [self._source.blocks[0].get_submodule(group.layers[0]).in_features for group in self._source.groups]
         hidden, (_, count) = self._source.config.hidden_size, self.batches[0]
-        rows = -(-self._tokens.size // ROWS_APART)
-        grams = blocks * sum(4 * width * (width + rows) for width in widths) if wanted.gram else 0
+        kept = -(-self._tokens.size // TOKENS_APART)
+        statistics = blocks * sum(
+            4 * width * (width * wanted.gram + kept * wanted.some_inputs) for width in widths
+        )
         inputs = (
             4 * blocks * count * self._tokens.shape[1] * hidden + 2 * self._tokens.size * hidden * self.dtype.itemsize
         )
         free = shutil.disk_usage(self._folder).free
-        if free < grams + inputs:
+        if free < statistics + inputs:
             raise OutputError(
-                f"{self._folder}: {free / 1e9:.2f} GB free, {(grams + inputs) / 1e9:.2f} GB needed for statistics, "
-                f"{grams / 1e9:.2f} of it Gram matrices, which 'fptq quantize' doesn't keep"
+                f"{self._folder}: {free / 1e9:.2f} GB free, {(statistics + inputs) / 1e9:.2f} GB needed for statistics, "
+                f"{statistics / 1e9:.2f} of it Gram matrices and inputs of tokens, which 'fptq quantize' doesn't keep"
             )
 
 
 def _covers(known: dict[str, Any], wanted: Wanted) -> bool:
     """Return whether a recording's index has all that is wanted."""
     has = known.get("wanted", {})
-    parts = all(has.get(part) or not getattr(wanted, part) for part in ("gram", "mean"))
-    return parts and wanted.percentile in (None, has.get("percentile"))
+    return all(has.get(part) or not getattr(wanted, part) for part in _PARTS) and wanted.percentile in (None, has.get("percentile"))

@@ -16,7 +16,7 @@ from fptq.quantize.clipping import learn_clipping, search_clipping
 from fptq.quantize.clusters import cluster_steps
 from fptq.quantize.descent import Descent
 from fptq.quantize.equalize import CacheRanges
-from fptq.quantize.gptq import DAMPING, Compensation, round_gptq
+from fptq.quantize.gptq import Compensation, round_gptq
 from fptq.quantize.gram import damped_gram, rescale_gram
 from fptq.quantize.observe import BlockStatistics, InputStatistics
 from fptq.quantize.policy import BlockPlan
@@ -59,7 +59,9 @@ def round_weights(
         compensation = None
         if gram is not None and recipe.rounding == "gptq":
             compensation = _compensation(gram, plan.layers[planned[0]].input)
-        descent = Descent(damped_gram(gram, DAMPING)) if gram is not None and recipe.goes_back_to_codes else None
+        descent = None
+        if gram is not None and compensation is not None and recipe.goes_back_to_codes:
+            descent = Descent(damped_gram(gram, compensation.damping))
         for name in planned:
             layer = plan.layers[name]
             weight = block.get_submodule(name).weight.float()
@@ -68,7 +70,7 @@ def round_weights(
             outputs = [_compensation(matrix, f"{layer.input} (gradients of {name})") for matrix in matrices]
             codes, scales = _round(weight, gram, compensation, outputs, layer, recipe)
             if descent is not None:
-                damped = [damped_gram(matrix, DAMPING) for matrix in matrices]
+                damped = [damped_gram(matrix, side.damping) for matrix, side in zip(matrices, outputs, strict=True)]
                 codes = descent.improve(weight, codes, scales, layer.weight_bits, damped, recipe.descent_rounds)
             static, clusters = (layer.activation is kind for kind in (Activation.STATIC, Activation.CLUSTERS))
             rounded[name] = QuantizedLinear(

@@ -219,7 +219,7 @@ class Tuner:
                 bar.set_description(f"tuning {step + 1}/{steps}")
                 bar.update(_PASSES_OF_A_STEP)
             after = self._divergence_held_out(bar)
-        return Tuning(self._tensors() if after < before else {}, before, after)
+        return Tuning(self._tensors() if after < before else {}, before, after if math.isfinite(after) else None)
 
     def _divergence_held_out(self, bar: Any) -> float:
         """Return the mean divergence of the samples that aren't learned from."""
