@@ -11,7 +11,7 @@ from torch import nn
 from fptq.errors import ArchitectureError
 from fptq.models.architectures import ARCHITECTURES, InputGroup, NormSource, RowsSource
 from fptq.models.loading import FloatModel
-from fptq.quantize.equalize import equalize_
+from fptq.quantize.equalize import equalize_, key_divisions
 from fptq.quantize.observe import Wanted
 from fptq.quantize.policy import decide
 from fptq.quantize.walk import CalibrationWalk
@@ -54,7 +54,7 @@ def equalized_logits(
             statistics = walk.observe(index, block, lambda: None)
             weights = {name: block.get_submodule(name).weight for group in source.groups for name in group.layers}
             plan = decide(source.groups, statistics, recipe, source.block_name(index), weights)
-            equalize_(block, source.groups, plan.scales, statistics, keys=recipe.equalize_keys)
+            equalize_(block, source.groups, plan.scales, plan.divisions)
             if spoil != 1.0 and index == 0:
                 first = next(g for g in source.groups if g.layers[0] in plan.scales)
                 column = int(np.argmax(statistics.inputs[first.layers[0]].channel_max))
@@ -116,13 +116,14 @@ def test_equalized_keys_reach_the_same_maximum_wherever_a_scale_is_free(variant:
     walk.begin(fresh=True)
     with source.loaded_block(0, torch.float64) as block:
         before = walk.observe(0, block, lambda: None)
-        ranges = equalize_(block, source.groups, {}, before, keys=True).ranges
+        divisions, planned = key_divisions(keys, before.key_channel_max)
+        equalize_(block, source.groups, {}, divisions)
         after = walk.observe(0, block, lambda: None).key_channel_max
     heads, head_dim = keys.sharing.shape
     after = after.reshape(heads, -1, head_dim).max(1)
     largest = [after[keys.sharing == number].max() for number in np.unique(keys.sharing)]
-    np.testing.assert_allclose(largest, ranges.key, rtol=1e-5)
-    assert ranges.key < 0.9 * before.key_channel_max.max()
+    np.testing.assert_allclose(largest, planned.max(), rtol=1e-5)
+    assert planned.max() < 0.9 * before.key_channel_max.max()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

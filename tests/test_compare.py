@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fptq.evaluate.compare as comparing
-from fptq.checkpoint import Checkpoint
+from fptq.checkpoint import Checkpoint, LayerScheme
 from fptq.cli import main
 from fptq.errors import EvaluationError, MissingDependencyError, OutputError, QuantizationError
 from fptq.evaluate.compare import Contender, Result, Trial, compare, describe_scheme, layer_losses
@@ -22,6 +22,7 @@ from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec
 from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import exclusive
+from fptq.recipe import Activation
 from fptq.report.comparison import comparison_tables, layer_table
 from tiny import save_tiny
 from tokens import save_byte_tokenizer
@@ -251,15 +252,14 @@ def test_contenders_are_spelled_with_their_changes() -> None:
 
 
 def test_schemes_in_words() -> None:
-    shown = {n: describe_scheme(get_recipe(n), {128, 64}) for n in ("fptq", "rtn-w8a8", "gptq-w4a16", "zeroquant-fp")}
-    assert shown == {
-        "fptq": "W4A8 g64/128 KV8",
-        "rtn-w8a8": "W8A8 channel KV8",
-        "gptq-w4a16": "W4A16 g64/128",
-        "zeroquant-fp": "W4AFP8 g64/128",
-    }
-    assert describe_scheme(get_recipe("zeroquant"), {128, 576}) == "W4/8A8 g128 KV8"
-    assert describe_scheme(get_recipe("odyssey"), {576}) == "W4A8 channel KV8"
+    wide, narrow, row = (LayerScheme(size, Activation.STATIC) for size in (128, 64, None))
+    int8 = LayerScheme(None, Activation.STATIC, bits=8)
+    shown = {n: describe_scheme(get_recipe(n), [wide, narrow]) for n in ("fptq", "gptq-w4a16", "zeroquant-fp")}
+    assert shown == {"fptq": "W4A8 g64/128 KV8", "gptq-w4a16": "W4A16 g64/128", "zeroquant-fp": "W4AFP8 g64/128"}
+    assert describe_scheme(get_recipe("rtn-w8a8"), [int8]) == "W8A8 channel KV8"
+    assert describe_scheme(get_recipe("zeroquant"), [wide, int8]) == "W4/8A8 g128 KV8"
+    assert describe_scheme(get_recipe("odyssey"), [row]) == "W4A8 channel KV8"
+    assert describe_scheme(get_recipe("odyssey"), [row, narrow]) == "W4A8 g64/channel KV8"
 
 
 def test_a_folder_belongs_to_one_model_and_its_data(model: Path, data_dir: Path, tmp_path: Path) -> None:

@@ -14,7 +14,15 @@ from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel
 from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, quantize
-from fptq.quantize.equalize import awq_scale, key_scale, lae_scale, output_error, search_scale, smoothquant_scale, some_rows
+from fptq.quantize.equalize import (
+    awq_scale,
+    key_scale,
+    lae_scale,
+    output_error,
+    search_scale,
+    smoothquant_scale,
+    some_rows,
+)
 from fptq.quantize.observe import InputStatistics
 from fptq.recipe import Activation
 from fptq.report.tables import checkpoint_summary

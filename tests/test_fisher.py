@@ -199,12 +199,12 @@ def test_what_outputs_were_divided_by_is_told(tmp_path: Path, variant: str) -> N
         layers = [name for group in source.groups for name in group.layers]
         before = {name: block.get_submodule(name).weight.clone() for name in layers}
         plan = decide(source.groups, statistics, wanted, "block", before)
-        equalized = equalize_(block, source.groups, plan.scales, statistics, keys=True)
-        assert equalized.divisors
+        found = equalize_(block, source.groups, plan.scales, plan.divisions)
+        assert found
         for group in source.groups:
             s = torch.from_numpy(plan.scales.get(group.layers[0], np.ones(1, np.float32)))
             for name in group.layers:
-                divisors = equalized.divisors.get(name, torch.ones(len(before[name])))
+                divisors = found.get(name, torch.ones(len(before[name])))
                 expected = before[name] * s / divisors[:, None]
                 torch.testing.assert_close(block.get_submodule(name).weight, expected, rtol=1e-4, atol=1e-6)
 
@@ -259,6 +259,13 @@ def test_it_changes_codes_and_only_what_follows_from_them(tmp_path: Path) -> Non
     assert plain.read(f"{layer}.weight_scale").shape == ours.read(f"{layer}.weight_scale").shape
     assert ours.record["recipe"]["fisher_samples"] == 5
     assert list(ours.verify())
+
+
+def test_no_more_samples_than_there_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = save_tiny(tmp_path / "model", spread=0.5)
+    made = Checkpoint.open(quantize(str(model), tmp_path / "q", recipe(fisher_samples=500), DATA, QUIET))
+    assert made.record["recipe"]["fisher_samples"] == made.record["calibration"]["samples"] == DATA.samples
+    assert f"from 500 samples, calibration has {DATA.samples}" in caplog.text
 
 
 def test_descent_changes_some_codes_and_no_scale(tmp_path: Path) -> None:

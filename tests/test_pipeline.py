@@ -18,7 +18,7 @@ from fptq.models.loading import FloatModel
 from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.calibration import calibration_for
-from fptq.recipe import Activation, Recipe
+from fptq.recipe import PER_CHANNEL, Activation, Recipe
 from quantizing import QUIET, RANDOM, SMALL_GROUPS, files
 from tiny import VARIANTS, save_tiny, token_ids
 
@@ -168,6 +168,25 @@ def test_layers_can_have_formats_of_their_own(recipe: str, llama: Path, tmp_path
         assert layer["group_size"] == own
         assert name not in int8 or layer["weight_sqnr_db"] > 35, name
     load(checkpoint.folder)
+
+
+@pytest.mark.parametrize("base", [{"group_size": PER_CHANNEL}, {"weight_bits": 8}])
+def test_layers_can_have_groups_where_others_have_a_scale_a_row(
+    base: dict[str, int], llama: Path, tmp_path: Path
+) -> None:
+    recipe = get_recipe("fptq", layer_formats=("*.v_proj=16", "*.o_proj=0"), **base)
+    checkpoint = Checkpoint.open(quantize(str(llama), tmp_path / "q", recipe, RANDOM, QUIET))
+    for name, scheme in checkpoint.schemes.items():
+        own = {"v_proj": (4, 16), "o_proj": (4, None)}.get(name.rpartition(".")[2], (base.get("weight_bits", 4), None))
+        assert (scheme.bits, scheme.group_size) == own, name
+    load(checkpoint.folder)
+
+
+def test_a_format_that_does_not_fit_is_refused(llama: Path, tmp_path: Path) -> None:
+    """Where the recipe's group size would give way, that of single layers doesn't."""
+    recipe = get_recipe("fptq", group_size=32, layer_formats=("*.down_proj=int8", "*_proj=48"))
+    with pytest.raises(QuantizationError, match=r"q_proj: in_features 64 is not a multiple of 48, .*'\*_proj=48'"):
+        quantize(str(llama), tmp_path / "q", recipe, RANDOM, QUIET)
 
 
 @pytest.mark.parametrize("entry", ["*.v_proj", "=32", "*.v_proj=int4", "*.v_proj=-8", "*.v_proj=12"])

@@ -33,7 +33,8 @@ def seen_of(channel_max: np.ndarray) -> InputStatistics:
 
 def plan(group: InputGroup, v: float, recipe: Recipe | None = None) -> LayerPlan:
     channel_max = np.linspace(0.1, 1, 64).astype(np.float32) * np.float32(v)
-    statistics = BlockStatistics({group.layers[0]: seen_of(channel_max)})
+    cached = np.ones((1, 64), np.float32)
+    statistics = BlockStatistics({group.layers[0]: seen_of(channel_max)}, cached, cached)
     weights = {name: torch.ones(4, 64) for name in group.layers}
     layers = decide([group], statistics, recipe or get_recipe("fptq"), "model.layers.0", weights).layers
     assert len({layer.reason for layer in layers.values()}) == 1  # decided once for all that share the input

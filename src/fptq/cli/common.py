@@ -132,7 +132,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     recipe = get_recipe(_preset_name(options), **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     idle = sorted(given.keys() & set(recipe.idle_fields()))
     if idle:
-        raise FPTQError(f"--{idle[0].replace('_', '-')} changes nothing with recipe {options.recipe} as it is")
+        raise FPTQError(f"--{idle[0].replace('_', '-')} changes nothing with recipe {recipe.name} as it is")
     return recipe
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import fptq
-from fptq.checkpoint import Checkpoint
+from fptq.checkpoint import Checkpoint, LayerScheme
 from fptq.errors import EvaluationError, OutputError, QuantizationError
 from fptq.evaluate.estimates import Estimate, exponential_of_mean, perplexity_ratio
 from fptq.evaluate.fidelity import Scored, cut_windows, window_losses
@@ -29,7 +29,7 @@ from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.pipeline import record
 from fptq.quantize.workspace import exclusive
-from fptq.recipe import PER_CHANNEL, Recipe
+from fptq.recipe import Recipe
 from fptq.shards import write_json
 
 FLOAT = "fp"
@@ -310,9 +310,7 @@ class _Comparison:
         assert contender.recipe is not None
         return Result(
             contender.label,
-            describe_scheme(
-                contender.recipe, {opened.record["layers"][name]["group_size"] for name in opened.block_layers}
-            ),
+            describe_scheme(contender.recipe, [opened.schemes[name] for name in opened.block_layers]),
             opened.weight_bits,
             sum(entry.stop - entry.start for _, entry in opened.tensors.values()),
             scores.runtime(),
@@ -399,17 +397,16 @@ class _Scores:
         return scores
 
 
-def describe_scheme(recipe: Recipe, group_sizes: Iterable[int]) -> str:
+def describe_scheme(recipe: Recipe, schemes: Iterable[LayerScheme]) -> str:
     """Return bits of weights, activations and KV cache, and the layers' weight groups, as "W4A8 g64/128 KV8"."""
+    schemes = list(schemes)
     inputs = {"float": "16", "fp8": "FP8"}.get(recipe.activations, "8")
-    entries = recipe.format_entries()
-    widths = {recipe.weight_bits, *(bits for _, bits, _ in entries), *([8] if recipe.int8_roles else [])}
-    bits = "/".join(map(str, sorted(widths)))
-    largest = max(recipe.group_size, *(size for _, _, size in entries), 0)
-    groups = f" g{'/'.join(str(size) for size in sorted(group_sizes) if size <= largest)}"
-    if recipe.group_size == PER_CHANNEL or recipe.weight_bits == 8:
-        groups = " channel"
-    return f"W{bits}A{inputs}{groups}{' KV8' if recipe.kv_cache == 'int8' else ''}"
+    bits = "/".join(map(str, sorted({scheme.bits for scheme in schemes})))
+    sizes = sorted({scheme.group_size for scheme in schemes if scheme.group_size})
+    groups = [f"g{'/'.join(map(str, sizes))}"] if sizes else []
+    if not sizes or any(scheme.bits < 8 and not scheme.group_size for scheme in schemes):
+        groups.append("channel")
+    return f"W{bits}A{inputs} {'/'.join(groups)}{' KV8' if recipe.kv_cache == 'int8' else ''}"
 
 
 def layer_losses(one: Result, other: Result) -> list[tuple[str, float, float]]:

@@ -8,7 +8,6 @@ in s: logarithmic activation equalization (LAE, Eq. 1 and 5), SmoothQuant, AWQ, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from torch import nn
 
 from fptq import numerics
 from fptq.models.architectures import InputGroup, KeySource, NormSource, RowsSource
-from fptq.quantize.observe import BlockStatistics, InputStatistics
-from fptq.recipe import Activation, Recipe, Role
+from fptq.quantize.observe import InputStatistics
+from fptq.recipe import Activation, Recipe
 
 AWQ_GRID = 20
 """Ratios that AWQ's search tries: 0, 1/20, … 19/20."""
@@ -236,71 +235,39 @@ def range_after(channel_max: np.ndarray, scale: np.ndarray) -> float:
     return float((channel_max / scale).max())
 
 
-@dataclass(frozen=True)
-class CacheRanges:
-    """max|x| of the keys and values that a block's cache holds."""
-
-    key: float
-    value: float
-
-
-@dataclass(frozen=True)
-class Equalized:
-    """What equalization made of a block.
-
-    Attributes:
-        ranges: of its cache.
-        divisors: float32 [n], what each output of a linear layer was divided by, of the layers with such outputs.
-    """
-
-    ranges: CacheRanges
-    divisors: dict[str, torch.Tensor]
+Division = tuple[NormSource | RowsSource, np.ndarray]
+"""What computes some channels, and the scale s of each of them that it takes as 1/s."""
 
 
 @torch.no_grad()
 def equalize_(
-    block: nn.Module,
-    groups: list[InputGroup],
-    scales: dict[str, np.ndarray],
-    statistics: BlockStatistics,
-    *,
-    keys: bool = False,
-) -> Equalized:
-    """Fuse the scales into the block's weights and return what became of its outputs.
+    block: nn.Module, groups: list[InputGroup], scales: dict[str, np.ndarray], divisions: Sequence[Division]
+) -> dict[str, torch.Tensor]:
+    """Fuse scales into a block's weights, in place.
 
     Args:
-        block: a decoder block with its weights loaded; changed in place.
+        block: a decoder block with its weights loaded.
         groups: the block's input groups.
-        scales: s [k] of each group to equalize, by its first layer.
-        statistics: what was observed before.
-        keys: also equalize the channels of the keys.
+        scales: s [k] of each group that is equalized, by its first layer: what its layers' columns are multiplied by.
+        divisions: what makes up for these, and for the scales of keys.
+
+    Returns:
+        float32 [n], what each output of a linear layer was divided by, of the layers with such outputs.
     """
-    key_max, value_max = statistics.key_channel_max, statistics.value_channel_max
     divisors: dict[str, torch.Tensor] = {}
+    for source, s in divisions:
+        _divide_output_(block, source, s, divisors)
     for group in groups:
-        first = group.layers[0]
-        if keys and group.keys is not None:
-            parts, key_max = key_scales(group.keys, key_max)
-            for part, scale in parts:
-                _divide_output_(block, part, scale, divisors)
-        if first not in scales or group.source is None:
+        if group.layers[0] not in scales:
             continue
-        s = scales[first]
-        _divide_output_(block, group.source, s, divisors)
         for name in group.layers:
             weight = block.get_submodule(name).weight
-            weight.mul_(torch.from_numpy(s).to(weight.dtype))
-        if group.role is Role.DENSE:
-            # query heads that share a value head have the same scales: the first of each set speaks for it
-            kv_heads, head_dim = value_max.shape
-            value_max = value_max / s.reshape(kv_heads, -1, head_dim)[:, 0]
-    return Equalized(CacheRanges(float(key_max.max(initial=0.0)), float(value_max.max(initial=0.0))), divisors)
+            weight.mul_(torch.from_numpy(scales[group.layers[0]]).to(weight.dtype))
+    return divisors
 
 
-def key_scales(
-    source: KeySource, channel_max: np.ndarray
-) -> tuple[list[tuple[NormSource | RowsSource, np.ndarray]], np.ndarray]:
-    """Return what divides the outputs of what computes keys and queries, and max|K| of each channel after it.
+def key_divisions(source: KeySource, channel_max: np.ndarray) -> tuple[list[Division], np.ndarray]:
+    """Return what equalizes the keys, and max|K| of each of their channels after it.
 
     Args:
         source: what computes them.
@@ -309,7 +276,7 @@ def key_scales(
     kv_heads, head_dim = source.sharing.shape
     channel_max = channel_max.reshape(kv_heads, -1, head_dim).max(1)
     s = key_scale(channel_max, source.sharing)
-    parts: list[tuple[NormSource | RowsSource, np.ndarray]] = []
+    parts: list[Division] = []
     for part, scale in ((source.keys, s), (source.queries, 1 / s.astype(np.float64))):
         if isinstance(part, RowsSource):
             heads = len(part.rows) // head_dim
@@ -319,12 +286,14 @@ def key_scales(
     return parts, channel_max / s
 
 
-def divide_rows(weight: torch.Tensor, source: RowsSource, s: np.ndarray) -> torch.Tensor:
-    """Return a copy of the weight [n, k] of `source`: rows that make a channel are divided by its scale."""
-    rows, scale = _scale_of_rows(source, s)
-    divided = weight.clone()
-    divided[rows] /= scale.to(weight.dtype)[:, None]
-    return divided
+def as_divided(name: str, weight: torch.Tensor, divisions: Sequence[Division]) -> torch.Tensor:
+    """Return the weight [n, k] of a layer as it will be, a copy, if any of its rows take a scale."""
+    for source, s in divisions:
+        if isinstance(source, RowsSource) and source.name == name:
+            rows, scale = _scale_of_rows(source, s)
+            weight = weight.clone()
+            weight[rows] /= scale.to(weight.dtype)[:, None]
+    return weight
 
 
 def _scale_of_rows(source: RowsSource, s: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

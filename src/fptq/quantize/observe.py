@@ -24,7 +24,7 @@ HISTOGRAM_TOKENS = 4096
 """Histograms are drawn from this many tokens; maxima come from all of them."""
 
 TOKENS_APART = 127
-"""Of so many tokens one's inputs are kept, if they are wanted. It is a prime, so that they aren't at the same places of all samples."""
+"""Of so many tokens one's inputs are kept, if they are wanted. A prime: so they are at other places of each sample."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class InputStatistics:
         histogram_tokens: how many it comes from.
         gram: XᵀX float32 [k, k] summed over all tokens, which may have weights; None if it wasn't wanted. What lies
             below the diagonal is there after `complete`.
-        some_inputs: those of one token of `TOKENS_APART`, float32 [·, k], times the root of what the token counts for in
-            the Gram matrix; None if they weren't wanted.
+        some_inputs: those of one token of `TOKENS_APART`, float32 [·, k], times the root of what the token counts for
+            in the Gram matrix; None if they weren't wanted.
         tensor_percentile: of all |x|; None if it wasn't wanted.
         channel_percentile: of each channel's |x| [k]; None if it wasn't wanted.
     """
@@ -252,7 +252,8 @@ class BlockStatistics:
         for name, value in arrays.items():
             first, _, part = name.rpartition("/")
             if first:
-                inputs.setdefault(first, {})[part] = torch.from_numpy(value) if part in ("gram", "some_inputs") else value
+                tensor = part in ("gram", "some_inputs")
+                inputs.setdefault(first, {})[part] = torch.from_numpy(value) if tensor else value
         for parts in inputs.values():
             for name in ("tokens", "histogram_tokens"):
                 parts[name] = int(parts[name])

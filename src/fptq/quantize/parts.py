@@ -30,12 +30,11 @@ from fptq.checkpoint import (
 from fptq.errors import QuantizationError
 from fptq.models.architectures import attention_name
 from fptq.models.loading import FloatModel, is_finite
-from fptq.quantize.equalize import CacheRanges
 from fptq.quantize.observe import BlockStatistics
-from fptq.quantize.policy import BlockPlan
+from fptq.quantize.policy import BlockPlan, wanted_format
 from fptq.quantize.rounding import cache_scales, round_head
 from fptq.quantize.tuning import Tuning
-from fptq.recipe import PER_CHANNEL, Activation, Recipe
+from fptq.recipe import PER_CHANNEL, Activation, Recipe, Role
 from fptq.shards import write_durably, write_json
 
 _TUNED = "tuned"
@@ -94,7 +93,6 @@ class Parts:
         block: nn.Module,
         plan: BlockPlan,
         statistics: BlockStatistics,
-        ranges: CacheRanges,
         linears: dict[str, QuantizedLinear],
         sqnr: dict[str, dict[str, float]],
     ) -> None:
@@ -105,7 +103,6 @@ class Parts:
             block: the block after equalization.
             plan: what was decided.
             statistics: of its inputs before equalization.
-            ranges: of its KV cache after equalization.
             linears: its quantized layers by name within the block.
             sqnr: the signal-to-noise ratios of each of them.
 
@@ -119,7 +116,7 @@ class Parts:
         attention = f"{name}.{attention_name(self._source.groups)}"
         cache: dict[str, Any] = {}
         if self._recipe.kv_cache == "int8":
-            scales = cache_scales(ranges)
+            ranges, scales = plan.ranges, cache_scales(plan.ranges)
             tensors |= cache_tensors(attention, scales)
             cache[attention] = {
                 "key_range": float(statistics.key_channel_max.max()),
@@ -148,10 +145,7 @@ class Parts:
 
         What equalization changed outside of a matrix is kept in float32, so that storing it undoes nothing.
         """
-        changed = {layer.equalized_by for layer in plan.layers.values()}
-        if self._recipe.equalizes_keys:
-            sources = [group.keys for group in self._source.groups if group.keys]
-            changed |= {part.name for source in sources for part in (source.keys, source.queries)}
+        changed = {source.name for source, _ in plan.divisions}
         tensors = {}
         for key, tensor in block.state_dict().items():
             owner = key.rpartition(".")[0]
@@ -184,13 +178,17 @@ class Parts:
     def _schemes(self, layers: dict[str, Any]) -> dict[str, LayerScheme]:
         return {
             name: LayerScheme(
-                None if plan["weight_bits"] == 8 or self._recipe.group_size == PER_CHANNEL else plan["group_size"],
+                plan["group_size"] if self._has_groups(name, plan) else None,
                 Activation(plan["activation"]),
                 plan["weight_bits"],
                 0 if name in self._head else self._recipe.low_rank,
             )
             for name, plan in layers.items()
         }
+
+    def _has_groups(self, name: str, plan: dict[str, Any]) -> bool:
+        """Return whether a layer's weights have scales for groups, and not one a row."""
+        return name not in self._head and wanted_format(Role(plan["role"]), self._recipe, name)[1] != PER_CHANNEL
 
     def _records(self) -> list[dict[str, Any]]:
         """Return what was noted of each block."""

@@ -7,10 +7,11 @@ journal says that the block is done. What is tuned, is tuned in the end, all blo
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from fptq.quantize.walk import CalibrationWalk
 from fptq.quantize.workspace import Workspace, refuse_foreign
 from fptq.recipe import PER_CHANNEL, Recipe
 from fptq.runtime.kernels import choose_target
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,19 @@ def quantize(
     refuse_foreign(destination)
     source = FloatModel.open(model) if isinstance(model, str) else model
     data = calibration_for(source, calibration)
+    recipe = _with_samples_there_are(recipe, len(data.tokens))
     return _Job(source, destination, recipe, data, options, recording).run()
+
+
+def _with_samples_there_are(recipe: Recipe, samples: int) -> Recipe:
+    """Return the recipe as it can be carried out: Fisher information has no more samples than there are."""
+    if not recipe.needs_fisher or recipe.fisher_samples <= samples:
+        return recipe
+    _log.warning(
+        f"fptq: recipe {recipe.name} takes Fisher information from {recipe.fisher_samples} samples, "
+        f"calibration has {samples}: all of them are taken"
+    )
+    return replace(recipe, fisher_samples=samples)
 
 
 def record(
@@ -167,7 +182,7 @@ class _Job:
         self.walk = self._calibration_walk(recording)
         tokens, steps, folder = self.data.tokens, self.recipe.tuning_steps, self.workspace.folder
         tuned = samples_needed(len(tokens), steps) if steps else 0
-        sensed = tokens[: self.recipe.fisher_samples if self.recipe.needs_fisher else 0]
+        sensed = tokens[: self.recipe.fisher_samples] if self.recipe.needs_fisher else tokens[:0]
         exact = held_out(len(tokens))  # without tuning, too: codes shouldn't depend on whether scales learn afterwards
         self.float_run = FloatRun(self.source, tokens[: max(tuned, len(sensed))], folder, kept=len(sensed), exact=exact)
         self.fisher = (
@@ -281,11 +296,11 @@ class _Job:
             if self.walk.dtype is not torch.float32:
                 self.source.load(block, name, torch.float32)  # only the activations are computed in less
             plan = decide(groups, statistics, self.recipe, name, self.source.layer_weights(block))
-            equalized = equalize_(block, groups, plan.scales, statistics, keys=self.recipe.equalizes_keys)
-            output_grams = self.fisher.output_grams(index, equalized.divisors) if self.fisher else None
+            divisors = equalize_(block, groups, plan.scales, plan.divisions)
+            output_grams = self.fisher.output_grams(index, divisors) if self.fisher else None
             linears = round_weights(block, groups, plan, statistics, self.recipe, output_grams)
             sqnr = measure_sqnr(block, linears, lambda: self.walk.run_first_batch(index))
-            parts.write_block(index, block, plan, statistics, equalized.ranges, linears, sqnr)
+            parts.write_block(index, block, plan, statistics, linears, sqnr)
             if self.recipe.propagate_error:
                 self._propagate(index, block, linears, bar)
         self.workspace.note(index + 1)

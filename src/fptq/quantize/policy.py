@@ -13,9 +13,9 @@ import torch
 
 from fptq import numerics
 from fptq.errors import QuantizationError
-from fptq.models.architectures import InputGroup, NormSource, RowsSource
+from fptq.models.architectures import InputGroup, NormSource
 from fptq.models.loading import FloatModel
-from fptq.quantize.equalize import divide_rows, equalization_scale, key_scales, range_after
+from fptq.quantize.equalize import Division, as_divided, equalization_scale, key_divisions, range_after
 from fptq.quantize.observe import BlockStatistics, InputStatistics
 from fptq.recipe import PER_CHANNEL, Activation, LayerPlan, Recipe, Role
 
@@ -32,16 +32,28 @@ _SCHEMES = {
 
 
 @dataclass(frozen=True)
+class CacheRanges:
+    """max|x| of the keys and values that a block's cache holds."""
+
+    key: float
+    value: float
+
+
+@dataclass(frozen=True)
 class BlockPlan:
     """The decisions for one decoder block.
 
     Attributes:
         layers: a plan for each quantized linear layer, by its name within the block.
         scales: the equalization scale s [k] of each equalized input group, by the group's first layer.
+        divisions: what takes these scales, and those of the keys, as 1/s.
+        ranges: of the cache, once the block is equalized.
     """
 
     layers: dict[str, LayerPlan]
     scales: dict[str, np.ndarray]
+    divisions: list[Division]
+    ranges: CacheRanges
 
 
 def decide(
@@ -63,28 +75,28 @@ def decide(
     Raises:
         QuantizationError: no group size fits a layer, or the statistics are not finite.
     """
-    quantized = {
+    planned = {
         group.layers[0]: [name for name in group.layers if not is_skipped(f"{block_name}.{name}", recipe)]
         for group in groups
     }
-    for first, names in quantized.items():
+    for first, names in planned.items():
         if names and not np.isfinite(statistics.inputs[first].range):
             raise QuantizationError(
                 f"{block_name}.{first}: its input has NaN or infinite values during calibration; the model is damaged, "
                 "or needs --compute-dtype float32 if that isn't what it had"
             )
+    divisions: list[Division] = []
+    key_max, value_max = statistics.key_channel_max, statistics.value_channel_max
+    for group in groups:
+        if recipe.equalizes_keys and group.keys is not None:
+            of_keys, key_max = key_divisions(group.keys, key_max)
+            divisions += of_keys
     layers: dict[str, LayerPlan] = {}
     scales: dict[str, np.ndarray] = {}
-    weights = dict(weights)
-    searches = recipe.equalization == "search"  # published methods look at each input by itself
-    if searches and recipe.equalizes_keys:
-        for group in groups:
-            if group.keys is not None:
-                _divide_rows(weights, *key_scales(group.keys, statistics.key_channel_max)[0])
-    # a scale that is fused into rows of a layer changes what the search for that layer's input sees
+    # from the last group on: a scale that is fused into rows of a layer changes what a search for its input sees
     for group in reversed(groups):
         first = group.layers[0]
-        seen, names = statistics.inputs[first], quantized[first]
+        seen, names = statistics.inputs[first], planned[first]
         if not names:
             continue
         formats = {
@@ -93,13 +105,18 @@ def decide(
         }
         choice = _choose(group, seen, recipe)
         if choice.equalize:
-            readers = [weights[name] for name in names]
-            cached = _cached_max(group, statistics) if searches and recipe.kv_cache == "int8" else None
-            scales[first] = equalization_scale(
-                group, seen, recipe, choice.activation, readers, list(formats.values()), cached
-            )
-            if searches and group.source:
-                _divide_rows(weights, (group.source, scales[first]))
+            assert group.source is not None
+            readers, cached = [weights[name] for name in names], None
+            if recipe.equalization == "search":  # published methods look at each input by itself
+                readers = [as_divided(name, weights[name], divisions) for name in names]
+                cached = _cached_max(group, statistics) if recipe.kv_cache == "int8" else None
+            s = equalization_scale(group, seen, recipe, choice.activation, readers, list(formats.values()), cached)
+            scales[first] = s
+            divisions.append((group.source, s))
+            if group.role is Role.DENSE:
+                # query heads that share a value head have the same scales: the first of each set speaks for it
+                kv_heads, head_dim = value_max.shape
+                value_max = value_max / s.reshape(kv_heads, -1, head_dim)[:, 0]
         for name, (bits, group_size) in formats.items():
             layers[name] = LayerPlan(
                 role=group.role,
@@ -114,7 +131,12 @@ def decide(
                 max_before=seen.maximum,
                 reason=choice.reason,
             )
-    return BlockPlan({name: layers[name] for group in groups for name in group.layers if name in layers}, scales)
+    return BlockPlan(
+        {name: layers[name] for group in groups for name in group.layers if name in layers},
+        scales,
+        divisions,
+        CacheRanges(float(key_max.max(initial=0.0)), float(value_max.max(initial=0.0))),
+    )
 
 
 def _cached_max(group: InputGroup, statistics: BlockStatistics) -> np.ndarray | None:
@@ -123,13 +145,6 @@ def _cached_max(group: InputGroup, statistics: BlockStatistics) -> np.ndarray | 
         return None
     values = statistics.value_channel_max  # query heads that share a value head follow each other
     return values.repeat(statistics.inputs[group.layers[0]].channel_max.size // values.size, axis=0).reshape(-1)
-
-
-def _divide_rows(weights: dict[str, torch.Tensor], *parts: tuple[NormSource | RowsSource, np.ndarray]) -> None:
-    """Put a divided copy in the place of each weight whose rows take a scale."""
-    for source, s in parts:
-        if isinstance(source, RowsSource):
-            weights[source.name] = divide_rows(weights[source.name], source, s)
 
 
 @dataclass(frozen=True)
@@ -274,19 +289,39 @@ def is_skipped(name: str, recipe: Recipe) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in recipe.skip)
 
 
+def wanted_format(role: Role, recipe: Recipe, name: str) -> tuple[int, int]:
+    """Return bits and group size that the recipe wants for a layer's weight; 8 bits are PER_CHANNEL."""
+    entry = _own_format(recipe, name)
+    if entry:
+        return entry[1:]
+    bits = 8 if role.value in recipe.int8_roles else recipe.weight_bits
+    return bits, PER_CHANNEL if bits == 8 else recipe.group_size
+
+
+def _own_format(recipe: Recipe, name: str) -> tuple[str, int, int] | None:
+    """Return pattern, bits and group size of the entry that counts for a layer; None without one."""
+    return next((entry for entry in recipe.format_entries() if fnmatchcase(name, entry[0])), None)
+
+
 def layer_bits_and_group(
     in_features: int, role: Role, recipe: Recipe, name: str, widths: Collection[int] = ()
 ) -> tuple[int, int]:
-    """Return bits and group size of a layer's weight: 8 bits have one scale a row.
+    """Return bits and group size of a layer's weight; `in_features` is one scale a row.
 
     Raises:
-        QuantizationError: no group size fits; it names one that fits `widths`, too.
+        QuantizationError: the layer's own group size doesn't divide its inputs, or no group size fits; then it names
+            one that fits `widths`, too.
     """
-    bits, group_size = 8 if role.value in recipe.int8_roles else recipe.weight_bits, recipe.group_size
-    for pattern, *own in reversed(recipe.format_entries()):
-        if fnmatchcase(name, pattern):
-            bits, group_size = own
-    return bits, in_features if bits == 8 else choose_group_size(in_features, group_size, name, widths)
+    bits, wanted = wanted_format(role, recipe, name)
+    if bits == 8:
+        return bits, in_features
+    own = _own_format(recipe, name)
+    if own and wanted != PER_CHANNEL and in_features % wanted:
+        raise QuantizationError(
+            f"{name}: in_features {in_features} is not a multiple of {wanted}, as --layer-format '{own[0]}={wanted}' "
+            "needs"
+        )
+    return bits, choose_group_size(in_features, wanted, name, widths)
 
 
 def choose_group_size(in_features: int, wanted: int, name: str, widths: Collection[int] = ()) -> int:
@@ -302,8 +337,9 @@ def choose_group_size(in_features: int, wanted: int, name: str, widths: Collecti
         return in_features
     if wanted == PER_CHANNEL:
         raise QuantizationError(
-            f"{name}: in_features {in_features} is not a multiple of 8, so its int4 codes can't be packed; use "
-            f"--weight-bits 8, or keep such layers in full precision with --skip '{everywhere}'"
+            f"{name}: in_features {in_features} is not a multiple of 8, so its int4 codes can't be packed; give such "
+            f"layers 8 bits with --layer-format '{everywhere}=int8', or keep them in full precision with --skip "
+            f"'{everywhere}'"
         )
     sizes = [wanted, *(size for size in _FALLBACK_GROUP_SIZES if size < wanted)]
     for size in sizes:

@@ -171,21 +171,20 @@ class Recording:
         widths = [self._source.blocks[0].get_submodule(group.layers[0]).in_features for group in self._source.groups]
         hidden, (_, count) = self._source.config.hidden_size, self.batches[0]
         kept = -(-self._tokens.size // TOKENS_APART)
-        statistics = blocks * sum(
-            4 * width * (width * wanted.gram + kept * wanted.some_inputs) for width in widths
-        )
+        statistics = blocks * sum(4 * width * (width * wanted.gram + kept * wanted.some_inputs) for width in widths)
         inputs = (
             4 * blocks * count * self._tokens.shape[1] * hidden + 2 * self._tokens.size * hidden * self.dtype.itemsize
         )
         free = shutil.disk_usage(self._folder).free
         if free < statistics + inputs:
             raise OutputError(
-                f"{self._folder}: {free / 1e9:.2f} GB free, {(statistics + inputs) / 1e9:.2f} GB needed for statistics, "
-                f"{statistics / 1e9:.2f} of it Gram matrices and inputs of tokens, which 'fptq quantize' doesn't keep"
+                f"{self._folder}: {free / 1e9:.2f} GB free, {(statistics + inputs) / 1e9:.2f} GB needed, "
+                f"{statistics / 1e9:.2f} of it for Gram matrices and tokens' inputs, which 'fptq quantize' doesn't keep"
             )
 
 
 def _covers(known: dict[str, Any], wanted: Wanted) -> bool:
     """Return whether a recording's index has all that is wanted."""
     has = known.get("wanted", {})
-    return all(has.get(part) or not getattr(wanted, part) for part in _PARTS) and wanted.percentile in (None, has.get("percentile"))
+    parts = all(has.get(part) or not getattr(wanted, part) for part in _PARTS)
+    return parts and wanted.percentile in (None, has.get("percentile"))

@@ -15,11 +15,10 @@ from fptq.models.architectures import InputGroup
 from fptq.quantize.clipping import learn_clipping, search_clipping
 from fptq.quantize.clusters import cluster_steps
 from fptq.quantize.descent import Descent
-from fptq.quantize.equalize import CacheRanges
 from fptq.quantize.gptq import Compensation, round_gptq
 from fptq.quantize.gram import damped_gram, rescale_gram
 from fptq.quantize.observe import BlockStatistics, InputStatistics
-from fptq.quantize.policy import BlockPlan
+from fptq.quantize.policy import BlockPlan, CacheRanges
 from fptq.recipe import Activation, LayerPlan, Recipe
 
 _LARGEST_WEIGHT = 2.0**111  # numerics.round_to_bfloat16 is finite below

@@ -142,8 +142,10 @@ class Workspace:
         """Give the finished folder the destination's name, and remove the working folder.
 
         Raises:
+            CheckpointError: what is finished can't be opened.
             OutputError: something that must not be replaced has come to the destination meanwhile.
         """
+        Checkpoint.open(finished)
         refuse_foreign(self.destination)
         if (self.destination / RECORD_FILE).is_file() and not self._overwrite:
             raise OutputError(f"{self.destination}: a checkpoint was put there meanwhile; --overwrite replaces it")
