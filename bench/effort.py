@@ -3,13 +3,15 @@
     python bench/effort.py demo --calibration pile.jsonl --text wiki.test.raw --limit 64 -o out/effort --plot effort.svg
 
 Quantizes with plain `fptq` (on as many samples as normal effort) and with `fptq-best` at every effort, one after the
-other, and scores the results on the engine and the float model in transformers, paired. What is in the folder already
-isn't made again; its seconds are those it took then.
+other, and scores the results on the engine and the float model in transformers, paired. What the folder has already, by
+the same command and version, isn't made again; its seconds are those it took then.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
+import fptq
 from accuracy import open_scored, score_windows_kept
 from fptq.checkpoint import Checkpoint
 from fptq.evaluate.estimates import Estimate, exponential_of_mean, perplexity_ratio
@@ -38,14 +41,21 @@ def quantize(model: str, recipe: str, samples: int, options: argparse.Namespace)
     """Return the seconds that a recipe takes, as one whole command."""
     folder = options.output / recipe
     took = folder.with_suffix(".json")
+    command = ["quantize", model, "-o", str(folder), "--recipe", recipe]
+    command += ["--calibration", options.calibration, "--samples", str(samples)]
+    text = hashlib.sha256(Path(options.calibration).read_bytes()).hexdigest()
+    job = {"command": command, "fptq": fptq.__version__, "calibration": text}
     if not took.exists():
+        for begun in (folder, folder.with_name(f"{folder.name}.partial")):  # of it only the rest would be timed
+            shutil.rmtree(begun, ignore_errors=True)
         start = time.perf_counter()
-        command = ["quantize", model, "-o", str(folder), "--recipe", recipe, "--overwrite"]
-        command += ["--calibration", options.calibration, "--samples", str(samples)]
         subprocess.run([Path(sys.executable).with_name("fptq"), *command], check=True)
-        found = {"seconds": time.perf_counter() - start, "cores": len(os.sched_getaffinity(0))}
+        found = {"seconds": time.perf_counter() - start, "cores": len(os.sched_getaffinity(0)), **job}
         took.write_text(json.dumps(found) + "\n")
-    return json.loads(took.read_text())["seconds"]
+    known = json.loads(took.read_text())
+    if {name: known.get(name) for name in job} != job:
+        sys.exit(f"{took}: is of another model, calibration text or version; give another folder")
+    return known["seconds"]
 
 
 def draw(points: dict[str, tuple[float, Estimate]], title: str, file: Path) -> None:

@@ -107,6 +107,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32000)
     options = parser.parse_args()
     model, whole, killed = (options.folder / name for name in ("model", "whole", "killed"))
+    if begun := sorted({*options.folder.glob("whole*"), *options.folder.glob("killed*")}):
+        sys.exit(f"{begun[0]}: is of an earlier run, of which only the rest would be timed; remove it")
     if not model.exists():
         make_model(model, options.layers, options.vocabulary)
 

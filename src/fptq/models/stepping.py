@@ -7,7 +7,7 @@ that they depend on the batch's shape and not on its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +104,15 @@ class BlockStepper:
                 del block.forward
         self._calls[tokens.shape[0]] = [_Call(call.args[1:], call.kwargs) for call in calls]
         return calls[0].args[0].to(self.dtype)
+
+    def learn_arguments(self, tokens: torch.Tensor, batches: Iterable[tuple[int, int]]) -> None:
+        """Note the blocks' arguments for every size among the batches of tokens [samples, length].
+
+        Loads the embeddings for it. A batch is its first sample and how many it has.
+        """
+        with self.source.loaded_embeddings(self.dtype):
+            for start, count in {count: (start, count) for start, count in batches}.values():
+                self.embed(tokens[start : start + count])
 
     @torch.no_grad()
     def run(self, index: int, hidden: torch.Tensor, observe_cache: CacheObserver | None = None) -> torch.Tensor:

@@ -71,11 +71,6 @@ def cut_batches(tokens: np.ndarray | torch.Tensor) -> list[tuple[int, int]]:
     return [(i, min(step, samples - i)) for i in range(0, samples, step)]
 
 
-def one_of_each_size(batches: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return one batch of each number of samples: enough for a stepper to learn the blocks' arguments."""
-    return list({count: (start, count) for start, count in batches}.values())
-
-
 def require_finite(states: torch.Tensor, block: str, start: int, what: str = "its output", hint: str = "") -> None:
     """Check what a block gives for samples from `start` on, [samples, length, hidden].
 

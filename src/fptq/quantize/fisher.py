@@ -29,7 +29,7 @@ from fptq.errors import OutputError
 from fptq.models.loading import FloatModel
 from fptq.models.stepping import BlockStepper, products_in_bfloat16
 from fptq.progress import progress_bar
-from fptq.quantize.activations import ActivationFile, cut_batches, one_of_each_size, require_finite
+from fptq.quantize.activations import ActivationFile, cut_batches, require_finite
 from fptq.quantize.float_run import FloatRun
 from fptq.quantize.gram import add_to_gram_, complete_gram_, rescale_gram
 from fptq.shards import read_header, read_tensor, write_shard
@@ -84,9 +84,7 @@ class FisherInformation:
         total = samples + 3 * blocks * batches
         initial = samples + 3 * (blocks - due) * batches if done else 0
         with progress_bar(total, initial=initial, what="sensitivities", show=progress) as bar:
-            with self._source.loaded_embeddings(torch.float32):  # the stepper learns the blocks' arguments
-                for start, count in one_of_each_size(self._batches):
-                    self._stepper.embed(self._tokens[start : start + count])
+            self._stepper.learn_arguments(self._tokens, self._batches)
             if not done:
                 self._begin(bar)
             for index in reversed(range(due)):

@@ -15,7 +15,7 @@ import torch
 from fptq.models.loading import FloatModel
 from fptq.models.stepping import BlockStepper, products_in_bfloat16
 from fptq.progress import progress_bar
-from fptq.quantize.activations import ActivationFile, cut_batches, one_of_each_size, require_finite
+from fptq.quantize.activations import ActivationFile, cut_batches, require_finite
 from fptq.shards import write_json
 
 _STATES, _KEPT = torch.float32, torch.bfloat16  # what the files hold
@@ -55,13 +55,13 @@ class FloatRun:
         blocks, batches = len(self._source.blocks), len(self._batches)
         reached = json.loads(self._journal.read_text())["blocks_done"] if self._journal.is_file() else None
         with progress_bar(blocks * batches, initial=(reached or 0) * batches, what="float model", show=progress) as bar:
-            with self._source.loaded_embeddings(torch.float32):
-                for start, count in self._batches if reached is None else one_of_each_size(self._batches):
-                    states = self._stepper.embed(self._tokens[start : start + count])
-                    if reached is None:
-                        self._write(0, start, states)
             if reached is None:
+                with self._source.loaded_embeddings(torch.float32):
+                    for start, count in self._batches:
+                        self._write(0, start, self._stepper.embed(self._tokens[start : start + count]))
                 self._flush(0)
+            else:
+                self._stepper.learn_arguments(self._tokens, self._batches)
             for index in range(reached or 0, blocks):
                 with self._source.loaded_block(index, torch.float32):
                     for start, count in self._batches:

@@ -129,9 +129,7 @@ class Recording:
 
     def begin(self, *, fresh: bool) -> None:
         """Learn the arguments of the blocks for a batch of the first one's size."""
-        start, count = self.batches[0]
-        with self._source.loaded_embeddings(self.dtype):
-            self._stepper.embed(torch.from_numpy(self._tokens[start : start + count]))
+        self._stepper.learn_arguments(torch.from_numpy(self._tokens), self.batches[:1])
 
     def observe(self, index: int, block: nn.Module, on_batch: Callable[[], object]) -> BlockStatistics:
         """Return what was recorded of a block.

@@ -15,7 +15,7 @@ from torch import nn
 
 from fptq.models.loading import FloatModel
 from fptq.models.stepping import BlockStepper, CacheObserver, products_in_bfloat16
-from fptq.quantize.activations import ActivationFile, cut_batches, one_of_each_size, require_finite
+from fptq.quantize.activations import ActivationFile, cut_batches, require_finite
 from fptq.quantize.observe import AllSeenError, BlockStatistics, Wanted, observing
 
 
@@ -52,14 +52,15 @@ class CalibrationWalk:
 
     def begin(self, *, fresh: bool) -> None:
         """Compute the first block's inputs, and learn the blocks' arguments; if not `fresh`, only the latter."""
+        tokens = torch.from_numpy(self._tokens)
+        if not fresh:
+            self._stepper.learn_arguments(tokens, self.batches)
+            return
         file = self._activations(0)
         with self._source.loaded_embeddings(self.dtype):
-            for start, count in self.batches if fresh else one_of_each_size(self.batches):
-                states = self._stepper.embed(torch.from_numpy(self._tokens[start : start + count]))
-                if fresh:
-                    file.write(start, states)
-        if fresh:
-            file.flush()
+            for start, count in self.batches:
+                file.write(start, self._stepper.embed(tokens[start : start + count]))
+        file.flush()
 
     def observe(
         self,
@@ -80,7 +81,7 @@ class CalibrationWalk:
         outputs = not self._propagates or index + 1 == len(self._source.blocks)  # the last one's have to be finite
         with observing(block, self._source.groups, self._wanted, outputs=outputs, weights=weights) as statistics:
             if outputs:
-                self._run(index, on_batch, statistics.update_cache_ranges)
+                self._run(index, on_batch, statistics.update_cache_ranges, in_bfloat16=self._propagates)
             else:
                 for batch in self.batches:
                     with suppress(AllSeenError), products_in_bfloat16(True):
@@ -94,13 +95,21 @@ class CalibrationWalk:
         Raises:
             QuantizationError: an output has a NaN or an infinity.
         """
-        self._run(index, on_batch, None)
+        self._run(index, on_batch)
 
-    def _run(self, index: int, on_batch: Callable[[], object], observe_cache: CacheObserver | None) -> None:
+    def _run(
+        self,
+        index: int,
+        on_batch: Callable[[], object],
+        observe_cache: CacheObserver | None = None,
+        *,
+        in_bfloat16: bool = False,
+    ) -> None:
+        """Run the loaded block over all samples; its outputs become the next one's inputs."""
         inputs, outputs = self._activations(index), self._activations(index + 1)
         last = index + 1 == len(self._source.blocks)
         for start, count in self.batches:
-            with products_in_bfloat16(observe_cache is not None and self._propagates):
+            with products_in_bfloat16(in_bfloat16):
                 states = self._stepper.run(index, inputs.read(start, count), observe_cache)
             hint = "" if self.dtype is torch.float32 else " or needs --compute-dtype float32"
             require_finite(states, self._source.block_name(index), start, hint=hint)
