@@ -101,7 +101,8 @@ def add_calibration_options(command: argparse.ArgumentParser, source: str, sampl
     add("--samples", type=int, default=samples, help="token sequences" + (f" ({count})" if samples is None else ""))
     add("--length", type=int, default=512, help="tokens in each")
     add("--seed", type=int, default=0, help="of the choice of text or tokens")
-    dtype = "in which the float model runs over the calibration data"
+    dtype = "in which the float model's activations are kept and computed; for fptq-best, products of matrices are in "
+    dtype += "bfloat16 where the CPU has that"
     add("--compute-dtype", default="float32", choices=["float32", "bfloat16"], help=dtype)
 
 

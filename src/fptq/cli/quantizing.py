@@ -27,10 +27,10 @@ def add_quantize(commands: Any) -> None:
     recipes = "\n".join(f"  {name:<24}{preset.summary}" for name, preset in PRESETS.items())
     details = """
         It works in the memory of one decoder block (GPTQ, AWQ, and scales that are learned or searched
-        need some square matrices of its widths besides; tuning, as of fptq-best, needs embedding and head
-        in float32, 16 bytes for each group of weights, and up to about 2 GB for logits; llm-qat needs the
-        whole model). Give the same command again to go on after an interruption; the result is the same
-        to the bit.
+        need some square matrices of its widths besides; Fisher information and tuning, as of fptq-best,
+        need embedding and head in float32 and up to about 2 GB for logits, and tuning 16 bytes for each
+        group of weights; llm-qat needs the whole model). Give the same command again to go on after an
+        interruption; on a CPU of the same kind the result is the same to the bit.
 
         recipes:
         {recipes}

@@ -10,7 +10,8 @@ into the inputs': a token's weight is |g|. (The information itself has |g|² for
 all.) Rounding by both matrices is YAQA (arXiv 2505.22988).
 
 The float model has run forward before, and its blocks' inputs were kept (`FloatRun`); here it is gone through backward,
-block by block. In memory is one block at a time. The matrix of a long output is cut into squares along its diagonal.
+block by block. In memory is one block at a time, and for the gradients it begins with what lies outside the blocks. The
+matrix of a long output is cut into squares along its diagonal.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class Options:
     """How to quantize, besides the recipe.
 
     Attributes:
-        compute_dtype: "float32" or "bfloat16", in which the float model runs over the calibration data.
+        compute_dtype: "float32" or "bfloat16", in which the float model's activations are kept and computed. What
+            recipes that propagate their error only look at has products in bfloat16 wherever the CPU has them.
         storage_dtype: what unquantized tensors are stored in; "auto" is the source's own dtype.
         overwrite: replace a finished checkpoint, or a started one of another job.
         progress: show a progress bar.

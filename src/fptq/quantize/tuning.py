@@ -106,7 +106,8 @@ class Tuning:
 
     Attributes:
         tensors: new values of the checkpoint's tensors, by name; none, if the model got no better.
-        kl_before: KL(float model ‖ quantized model) in nats, the mean over the tokens of the samples held out.
+        kl_before: KL(float model ‖ quantized model) in nats, the mean over the tokens of the samples held out of
+            tuning, to which codes were fitted as to all others.
         kl_after: the same, tuned; None, if learning ended in numbers that aren't finite.
     """
 

@@ -235,7 +235,7 @@ def tuning_summary(tuning: dict[str, Any]) -> str:
         return "tuned, but no better for it: scales and norms are as rounding left them"
     return (
         f"scales and norms tuned: KL divergence {tuning['kl_before']:.4f} -> {tuning['kl_after']:.4f} nats/token "
-        "on calibration samples held out"
+        "on calibration samples held out of it"
     )
 
 
