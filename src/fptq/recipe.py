@@ -107,7 +107,8 @@ class Recipe:
         propagate_error: a block is calibrated on the outputs of the quantized blocks before it, not of the float ones.
         int8_roles: roles whose weights get 8 bits, with one scale for each output channel.
         layer_formats: entries "PATTERN=int8" or "PATTERN=GROUP_SIZE"; the weights of linear layers whose full name
-            matches the shell pattern get 8 bits, or 4 in groups of that size. The first entry that matches counts.
+            matches the shell pattern get 8 bits, or 4 in groups of that size, which must divide its in_features. The
+            first entry that matches counts.
         training_steps: steps of quantization-aware training, on text that the model generates, before all else
             (LLM-QAT).
         kv_cache: "int8" with static scales, or "float".
