@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -375,3 +376,15 @@ def test_bench_shows_figures_and_ceilings(chatting: Path, tmp_path: Path, capsys
     for row in values["rows"]:
         assert 0 < row["prefill_tokens_per_sec"] < row["prefill_ceiling"]
         assert row["decode_tokens_per_sec"] > 0
+
+
+def test_threads_wait_briefly_unless_the_user_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, spins in (({}, "1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+            monkeypatch.setenv(name, given.get(name, ""))  # so that what was there comes back
+            if name not in given:
+                monkeypatch.delenv(name)
+        assert main(["inspect", "nowhere"]) == 1
+        assert os.environ.get("GOMP_SPINCOUNT") == spins
+    loads = "import sys, fptq.cli; sys.exit('torch' in sys.modules)"  # too early to tell libgomp
+    subprocess.run([sys.executable, "-c", loads], check=True)

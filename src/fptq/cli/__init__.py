@@ -20,6 +20,8 @@ from fptq.cli.running import add_bench, add_chat, add_doctor, add_generate
 from fptq.cli.serving import add_serve
 from fptq.errors import FPTQError
 
+_SPINS = "1000"  # of libgomp's threads until they sleep, where it has 300,000 of its own
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -30,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["serve"]:
         options.beyond = given[cut + 1 :]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # torch isn't loaded yet: where its threads wait for one whose core is taken, they leave theirs to it soon
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "─" or "±" still shows the rest
