@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -46,8 +45,9 @@ def quantize(model: str, recipe: str, samples: int, options: argparse.Namespace)
     text = hashlib.sha256(Path(options.calibration).read_bytes()).hexdigest()
     job = {"command": command, "fptq": fptq.__version__, "calibration": text}
     if not took.exists():
-        for begun in (folder, folder.with_name(f"{folder.name}.partial")):  # of it only the rest would be timed
-            shutil.rmtree(begun, ignore_errors=True)
+        for begun in (folder, folder.with_name(f"{folder.name}.partial")):
+            if begun.exists():
+                sys.exit(f"{begun}: is of a run that ended early, of which only the rest would be timed; remove it")
         start = time.perf_counter()
         subprocess.run([Path(sys.executable).with_name("fptq"), *command], check=True)
         found = {"seconds": time.perf_counter() - start, "cores": len(os.sched_getaffinity(0)), **job}

@@ -48,7 +48,8 @@ def preview(
                 bar.set_description(f"block {index + 1}/{len(source.blocks)}")
                 with source.loaded_block(index, dtype) as block:
                     statistics = walk.observe(index, block, bar.update)
-                    source.load(block, name, torch.float32)  # as `quantize` does
+                    if dtype is not torch.float32:
+                        source.load(block, name, torch.float32)  # as `quantize` does
                     plan = decide(source.groups, statistics, recipe, name, source.layer_weights(block))
                 layers |= {f"{name}.{layer}": decision.to_dict() for layer, decision in plan.layers.items()}
                 arrays |= statistics.kept_arrays(name, plan.scales)

@@ -79,7 +79,9 @@ class Recording:
         if done:
             wanted = Wanted(**known["wanted"])  # what there is already has more than is wanted now
         elif known.get("identity") == identity:
-            wanted = replace(wanted, **{part: getattr(wanted, part) or known["wanted"][part] for part in _PARTS})
+            wanted = replace(
+                wanted, **{part: getattr(wanted, part) or known["wanted"].get(part, False) for part in _PARTS}
+            )
         index = {"identity": identity, "wanted": asdict(wanted)}
         self._require_space(wanted, blocks)
         walk = CalibrationWalk(self._source, self._tokens, self.dtype, self._folder, wanted)
