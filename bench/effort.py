@@ -98,7 +98,8 @@ def main() -> None:
     samples[PLAIN] = PRESETS["fptq-best"].samples
     seconds = {name: quantize(options.model, recipe, samples[recipe], options) for name, recipe in recipes.items()}
 
-    tokenizer = FloatModel.open(options.model).tokenizer
+    source = FloatModel.open(options.model)
+    tokenizer = source.tokenizer
     tokens = tokenizer(read_text(Path(options.text)), add_special_tokens=False).input_ids
     windows = cut_windows(tokens, beginning_of_sequence(tokenizer), options.length, options.limit)
     losses = {}
@@ -119,7 +120,7 @@ def main() -> None:
         cells += [format_estimate(exponential_of_mean(values)), format_estimate(increase.scaled(100), "+") + " %"]
         print("| " + " | ".join(cells) + " |")
     if options.plot:
-        draw(points, f"{Path(options.model).stem}, {len(windows)} windows of {Path(options.text).name}", options.plot)
+        draw(points, f"{source.name}, {len(windows)} windows of {Path(options.text).name}", options.plot)
 
 
 if __name__ == "__main__":
