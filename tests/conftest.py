@@ -51,7 +51,7 @@ def native(request: pytest.FixtureRequest) -> Kernels:
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint that `server` has; its texts don't end by themselves."""
-    from test_engine import checkpoint_of
+    from quantizing import checkpoint_of
 
     folder = checkpoint_of(tmp_path_factory.mktemp("serve"), "llama", max_position_embeddings=4096)
     (folder / "generation_config.json").write_text('{"eos_token_id": 1000}')

@@ -15,7 +15,7 @@ from fptq.runtime import benchmark as benchmarks
 from fptq.runtime.benchmark import Ceilings, Measurement, benchmark, resident_bytes
 from fptq.runtime.engine import Engine
 from fptq.runtime.kernels import Kernels
-from test_engine import checkpoint_of
+from quantizing import checkpoint_of
 
 FAST = Ceilings(read_bytes_per_sec=1e15, operations_per_sec=1e15)
 

@@ -13,7 +13,7 @@ from fptq.runtime.conversation import Conversation
 from fptq.runtime.engine import Engine
 from fptq.runtime.sampling import Sampling
 from fptq.runtime.tokenizer import Tokenizer
-from test_engine import checkpoint_of
+from quantizing import checkpoint_of
 from tokens import save_tokenizer
 
 

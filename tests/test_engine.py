@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +13,8 @@ import pytest
 import torch
 
 from fptq.checkpoint import Checkpoint
-from fptq.errors import CheckpointError, EngineError, GenerationError, KernelError, UnsupportedModelError
+from fptq.errors import EngineError
 from fptq.integrations.transformers import load, new_cache
-from fptq.presets import get_recipe
-from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.runtime import engine as engines
 from fptq.runtime.decoder import PythonDecoder
 from fptq.runtime.engine import Engine
@@ -25,21 +22,10 @@ from fptq.runtime.kernels import Kernels
 from fptq.runtime.kv_cache import PAGE_TOKENS
 from fptq.runtime.sampling import Sampling
 from lockstep import full_cache, use_engine_rounding_
-from tiny import VARIANTS, save_tiny, token_ids
-from tokens import save_tokenizer
+from quantizing import checkpoint_of
+from tiny import ENGINE_REFUSES, VARIANTS, token_ids
 
-RANDOM = CalibrationSpec("random", samples=4, length=24)
-REFUSED = ("opt-post-norm", "gpt_neox", "gpt_neox-sequential-relu", "falcon-7b", "falcon-40b", "falcon-rw")
-
-
-def checkpoint_of(folder: Path, variant: str, *, recipe: dict | None = None, **changes: object) -> Path:
-    model = save_tiny(folder / "model", variant, spread=0.5, **changes)
-    save_tokenizer(model, chat=True)
-    wanted = get_recipe("fptq", **{"group_size": 32, **(recipe or {})})
-    return quantize(str(model), folder / "q", wanted, RANDOM, Options(progress=False))
-
-
-MODELS = {name: (name, {}, {}) for name in VARIANTS if name not in REFUSED} | {
+MODELS = {name: (name, {}, {}) for name in VARIANTS if name not in ENGINE_REFUSES} | {
     "llama-head8": ("llama", {"lm_head": "int8"}, {}),
     "gemma2-head8-capped": ("gemma2", {"lm_head": "int8"}, {"final_logit_softcapping": 3.0}),
     "untied-head8": ("llama-bias-untied", {"lm_head": "int8"}, {}),
@@ -310,151 +296,6 @@ def test_log_probabilities_are_those_of_the_logits(llama: Path) -> None:
             assert piece.log_probability == pytest.approx(float(row[piece.token]), abs=1e-4)
             assert [token for token, _ in piece.alternatives] == row.topk(4).indices.tolist()
         assert next(iter(engine.generate(prompt, max_new_tokens=1))).log_probability is None
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda e: e.generate([]), GenerationError, "the prompt is empty"),
-        (lambda e: e.logits([]), GenerationError, "the prompt is empty"),
-        (lambda e: e.generate([160]), GenerationError, "from 160 to 160: needed integers from 0 to 159"),
-        (lambda e: e.logits([-1]), GenerationError, "needed integers from 0"),
-        (lambda e: e.generate([0.5]), GenerationError, "needed integers"),
-        (lambda e: e.generate([1] * 256), GenerationError, "256 tokens, the context 256: shorten the prompt"),
-        (lambda e: e.logits([1] * 257), EngineError, "257 tokens don't fit the context of 256"),
-        (lambda e: e.generate([1], max_new_tokens=0), GenerationError, "max_new_tokens 0"),
-        (lambda e: e.generate([1], log_probabilities=-1), GenerationError, "log_probabilities -1"),
-        (lambda e: e.generate_batch([[1]], concurrent=0), GenerationError, "0 texts at a time"),
-        (lambda e: e.generate("text"), GenerationError, "needed integers in a row"),
-        (lambda e: e.generate([[1, 2]]), GenerationError, "needed integers in a row"),
-        (lambda e: e.forward([(e.sequence(), [1, 2])], last=[3]), EngineError, "from 0 to its new tokens"),
-        (lambda e: e.forward([(e.sequence(), [1, 2])], last=[1, 1]), EngineError, "for each of 1 sequences"),
-        (lambda e: e.sequence().truncate(-1), EngineError, "can't be cut to -1 tokens"),
-        (lambda e: (lambda s: e.forward([(s, [1]), (s, [2])]))(e.sequence()), EngineError, "twice"),
-    ],
-)
-def test_mistakes_are_explained(llama: Path, call: object, error: type, message: str) -> None:
-    with Engine.open(llama, threads=1) as engine:
-        with pytest.raises(error, match=message):
-            call(engine)
-        assert engine.logits([1, 2]).shape == (2, 160)
-        assert engine.cache.free_tokens == engine.cache.tokens
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"threads": 0}, KernelError, "0 threads"),
-        ({"context": 0}, EngineError, "context 0"),
-        ({"context": 257}, EngineError, "at most 256"),
-        ({"sequences": 0}, EngineError, "sequences 0"),
-    ],
-)
-def test_openings_that_cannot_be(llama: Path, options: dict, error: type, message: str) -> None:
-    with pytest.raises(error, match=message):
-        Engine.open(llama, **options)
-
-
-@pytest.mark.parametrize("variant", REFUSED)
-def test_what_the_engine_does_not_run_it_names(variant: str, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"the engine doesn't run .*--runtime transformers"):
-        Engine.open(checkpoint_of(tmp_path, variant))
-
-
-def test_weight_only_checkpoints_are_refused(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model")
-    folder = quantize(
-        str(model), tmp_path / "q", get_recipe("rtn-w4a16", group_size=32), RANDOM, Options(progress=False)
-    )
-    with pytest.raises(UnsupportedModelError, match="a KV cache in float"):
-        Engine.open(folder)
-
-
-def edited(folder: Path, tmp_path: Path, **values: object) -> Path:
-    """Return a copy of a checkpoint with other values in config.json."""
-    import json
-
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, **values}))
-    return copy
-
-
-LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
-
-
-@pytest.mark.parametrize(
-    ("values", "error", "message"),
-    [
-        ({"hidden_act": "mish"}, UnsupportedModelError, "activation 'mish'"),
-        ({"model_type": "mamba"}, UnsupportedModelError, "architecture 'mamba'"),
-        ({"rope_parameters": {"rope_type": "spiral"}}, UnsupportedModelError, "type 'spiral'"),
-        ({"intermediate_size": 128}, CheckpointError, r"is \[96, 64\], the config makes it \[128, 64\]"),
-        ({"num_hidden_layers": 1}, CheckpointError, "has no place in the model"),
-        ({"num_hidden_layers": 3}, CheckpointError, "has no KV cache scales"),
-        ({"hidden_size": "wide"}, CheckpointError, "a value of architecture 'llama' is missing or wrong"),
-        ({"vocab_size": 161}, CheckpointError, r"the config makes it \[161, 64\]"),
-        ({"num_key_value_heads": 3}, CheckpointError, "4 query heads over 3 key/value heads"),
-        ({**LINEAR, "partial_rotary_factor": 1.5}, CheckpointError, "24 of a head's 16 channels to rotate"),
-        ({**LINEAR, "partial_rotary_factor": 0.2}, CheckpointError, "3 of a head's 16 channels to rotate"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, CheckpointError, "rotary type 'llama3' is missing or wrong"),
-        ({"rope_parameters": [1]}, CheckpointError, "missing or wrong"),
-        ({"tie_word_embeddings": True}, CheckpointError, "'lm_head.weight' has no place in the model"),
-    ],
-)
-def test_configs_that_do_not_fit(llama: Path, tmp_path: Path, values: dict, error: type, message: str) -> None:
-    with pytest.raises(error, match=message):
-        Engine.open(edited(llama, tmp_path, **values))
-
-
-def test_sequences_stay_with_their_engine(llama: Path) -> None:
-    with Engine.open(llama, threads=1) as one, Engine.open(llama, threads=1, context=64) as other:
-        with pytest.raises(EngineError, match="belongs to another engine"):
-            other.forward([(one.sequence(), [1])])
-        kept = one.sequence()
-        one.forward([(kept, [1, 2, 3])])
-        with pytest.raises(GenerationError, match="has 3 tokens, the prompt 3: nothing new"):
-            one.generate([1, 2, 3], sequence=kept)
-
-
-@pytest.mark.parametrize("target", ["native", "reference"])
-@pytest.mark.parametrize("where", ["key bias", "output head"])
-def test_no_number_goes_unnoticed(
-    folders: dict[str, Path], where: str, target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither where keys become codes nor where a product stays in float."""
-    if target == "reference":
-        monkeypatch.setenv("FPTQ_KERNEL", "reference")
-    with Engine.open(folders["llama-bias-untied"], threads=1) as engine:
-        if where == "key bias":
-            engine.weights.blocks[1].qkv.parts[0].bias[engine.weights.blocks[1].key_column] = np.nan
-        else:
-            engine.weights.final_norm.weight[0] = np.nan
-        with pytest.raises(EngineError, match="in block 1" if where == "key bias" else "before the output head"):
-            engine.logits([1, 2, 3])
-
-
-def test_activations_that_are_no_numbers_are_an_error(llama: Path) -> None:
-    with Engine.open(llama, threads=1) as engine:
-        engine.weights.blocks[1].mlp_norm.weight[3] = np.nan
-        with pytest.raises(EngineError, match="infinite or NaN in block 1"):
-            engine.logits([1, 2, 3])
-
-
-def test_a_file_that_is_cut_while_it_runs_is_an_error(llama: Path, tmp_path: Path) -> None:
-    """Float embeddings are read from the file when a token needs them."""
-    copy = tmp_path / "copy"
-    shutil.copytree(llama, copy)
-    with Engine.open(copy, threads=2) as engine:
-        wanted = engine.logits([1, 2, 3])
-        (copy / "model.safetensors").unlink()
-        np.testing.assert_array_equal(engine.logits([1, 2, 3]), wanted)
-    shutil.copytree(llama, copy, dirs_exist_ok=True)
-    with Engine.open(copy, threads=2) as engine:
-        os.truncate(copy / "model.safetensors", 100)
-        with pytest.raises(EngineError, match="can't be read any more"):
-            engine.logits([1, 2, 3])
 
 
 def threads_of_process() -> int:

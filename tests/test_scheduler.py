@@ -13,7 +13,7 @@ from fptq.runtime.kv_cache import PAGE_TOKENS
 from fptq.runtime.sampling import Sampling
 from fptq.runtime.scheduler import MOST_PARALLEL, Scheduler
 from fptq.runtime.writing import Piece, Text
-from test_engine import checkpoint_of
+from quantizing import checkpoint_of
 from tiny import token_ids
 
 

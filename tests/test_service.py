@@ -16,7 +16,7 @@ from fptq.errors import BusyError, EngineError, FPTQError, GenerationError, Time
 from fptq.runtime.engine import Engine
 from fptq.runtime.service import Service
 from fptq.runtime.writing import Piece, Text
-from test_engine import checkpoint_of
+from quantizing import checkpoint_of
 from tiny import token_ids
 
 Events: TypeAlias = "queue.SimpleQueue[Piece | FPTQError]"

@@ -55,6 +55,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name → (model_type, config values): at least one for each row of the table, more where a row has branches."""
 
+ENGINE_REFUSES = ("opt-post-norm", "gpt_neox", "gpt_neox-sequential-relu", "falcon-7b", "falcon-40b", "falcon-rw")
+
 
 def save_tiny(
     folder: Path,
