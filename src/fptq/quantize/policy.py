@@ -76,7 +76,7 @@ def decide(
         QuantizationError: no group size fits a layer, or the statistics are not finite.
     """
     planned = {
-        group.layers[0]: [name for name in group.layers if not is_skipped(f"{block_name}.{name}", recipe)]
+        group.layers[0]: [name for name in group.layers if not is_skipped(f"{block_name}.{name}", recipe.skip)]
         for group in groups
     }
     for first, names in planned.items():
@@ -239,7 +239,7 @@ def check_layers(source: FloatModel, recipe: Recipe) -> dict[str, tuple[int, int
         if not any(fnmatchcase(name, pattern) for name in layers):
             example = next(iter(layers))
             raise QuantizationError(f"{option} '{pattern}' matches no layer; layers are named like {example}")
-    quantized = {name: layer for name, layer in layers.items() if not is_skipped(name, recipe)}
+    quantized = {name: layer for name, layer in layers.items() if not is_skipped(name, recipe.skip)}
     if not quantized:
         raise QuantizationError("--skip leaves no layer to quantize")
     widths = {linear.in_features for _, linear in quantized.values()}
@@ -284,9 +284,9 @@ def decide_head(layers: list[str], recipe: Recipe) -> dict[str, dict[str, Any]]:
     }
 
 
-def is_skipped(name: str, recipe: Recipe) -> bool:
+def is_skipped(name: str, patterns: Collection[str]) -> bool:
     """Return whether the layer of this full name stays in float."""
-    return any(fnmatchcase(name, pattern) for pattern in recipe.skip)
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def wanted_format(role: Role, recipe: Recipe, name: str) -> tuple[int, int]:

@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from fptq.models.text import beginning_of_sequence
 from fptq.progress import progress_bar
 from fptq.quantize.calibration import plain_tokens
 from fptq.quantize.divergence import divergence
-from fptq.quantize.policy import choose_group_size
+from fptq.quantize.policy import choose_group_size, is_skipped
 from fptq.recipe import Activation
 from fptq.shards import read_header, read_tensor, write_durably, write_json, write_shard
 
@@ -153,7 +152,7 @@ def group_sizes(source: FloatModel, spec: TrainingSpec) -> dict[str, int]:
         for layer in (layer for group in source.groups for layer in group.layers):
             name = f"{source.block_name(index)}.{layer}"
             width = block.get_submodule(layer).weight.shape[1]
-            if not any(fnmatchcase(name, pattern) for pattern in spec.skip):
+            if not is_skipped(name, spec.skip):
                 size = choose_group_size(width, spec.group_size, name) if spec.group_size else width
                 sizes[f"{name}.weight"] = size
     if not sizes:
