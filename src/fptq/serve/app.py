@@ -28,7 +28,8 @@ from fptq.errors import FPTQError
 from fptq.runtime.service import Service
 from fptq.runtime.writing import Piece, Text
 from fptq.serve.metrics import Metrics, Watch
-from fptq.serve.protocol import APIError, ChatRequest, CompletionRequest, Reply, Request, sampling_defaults
+from fptq.serve.replies import Reply
+from fptq.serve.requests import APIError, ChatRequest, CompletionRequest, Request, sampling_defaults
 
 BODY_SECONDS = 30
 """In which a body must be there."""
