@@ -19,7 +19,7 @@ from fptq.errors import QuantizationError
 from fptq.integrations.transformers import load, new_cache
 from fptq.models.loading import FloatModel, cache_argument
 from fptq.presets import get_recipe
-from fptq.quantize import CalibrationSpec, quantize
+from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.calibration import load_calibration
 from fptq.quantize.tuning import RECALL_WEIGHT, Tuner, held_out, learning_rate, samples_needed, token_weights
 from fptq.quantize.workspace import Workspace
@@ -140,9 +140,12 @@ def test_gradients_are_those_of_differences(tmp_path: Path, monkeypatch: pytest.
     assert len(checked) > 8
 
 
-def test_interrupted_and_resumed_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_interrupted_and_resumed_is_bit_identical(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever type the calibration's activations are."""
+    options = Options(dtype, progress=False)
     model = save_tiny(tmp_path / "model", "gemma3", spread=0.5)
-    whole = quantize(str(model), tmp_path / "whole", recipe(25), DATA, QUIET)
+    whole = quantize(str(model), tmp_path / "whole", recipe(25), DATA, options)
     learn: Callable[[Tuner, int], bool] = Tuner._learn
     learned: list[int] = []
 
@@ -155,8 +158,8 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Tuner, "_learn", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            quantize(str(model), tmp_path / "q", recipe(25), DATA, QUIET)
-    resumed = quantize(str(model), tmp_path / "q", recipe(25), DATA, QUIET)
+            quantize(str(model), tmp_path / "q", recipe(25), DATA, options)
+    resumed = quantize(str(model), tmp_path / "q", recipe(25), DATA, options)
     assert len(learned) == 5 + 14 + 15
     for file in whole.iterdir():
         assert file.read_bytes() == (resumed / file.name).read_bytes(), file.name

@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from fptq.checkpoint import RECORD_FILE, Checkpoint
 from fptq.errors import FPTQError, KernelError, ModelError, OutputError, QuantizationError
+from fptq.models.loading import FloatModel
 from fptq.presets import get_recipe
 from fptq.quantize import CalibrationSpec, Options, quantize
 from fptq.quantize.observe import BlockStatistics
@@ -116,6 +117,48 @@ def test_killed_at_any_step_of_publishing(
         assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
+def test_killed_while_a_job_with_a_float_run_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float run, Fisher information and tuning each tell how far they came: none is believed without the rest."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    recipe = get_recipe("fptq-best", group_size=32, fisher_samples=2, tuning_steps=2)
+    again = Options(overwrite=True, progress=False)
+    model, target = save_tiny(tmp_path / "model"), tmp_path / "q"
+    whole = files(quantize(str(model), target, recipe, RANDOM, QUIET))
+    drop, unlink = Workspace._drop, Path.unlink
+    for call in range(1, 20):
+        removed: list[Path] = []
+
+        def dying(path: Path, removed: list[Path] = removed, call: int = call, **options: bool) -> None:
+            removed.append(path)
+            if len(removed) == call:
+                raise KilledError
+            unlink(path, **options)
+
+        def dropping(workspace: Workspace, patched: Callable[..., None] = dying) -> None:
+            with monkeypatch.context() as inner:
+                inner.setattr(Path, "unlink", patched)
+                drop(workspace)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Workspace, "_drop", dropping)
+            try:
+                quantize(str(model), target, recipe, RANDOM, again)
+                break  # all is removed
+            except KilledError:
+                pass
+        assert files(quantize(str(model), target, recipe, RANDOM, again)) == whole
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "q"]
+    assert call > 3
+
+
+def test_bad_input_leaves_a_foreign_partial_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "q.partial").mkdir()
+    (tmp_path / "q.partial" / "thesis.tex").write_text("precious")
+    with pytest.raises(QuantizationError), Workspace(tmp_path / "q", {}, overwrite=True).locked():
+        raise QuantizationError("not finite")
+    assert (tmp_path / "q.partial" / "thesis.tex").read_text() == "precious"
+
+
 def test_what_comes_to_the_destination_meanwhile_is_not_replaced(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +190,9 @@ def test_unwritable_places_are_named(llama: Path, tmp_path: Path) -> None:
         quantize(str(llama), tmp_path / "file" / "q", SMALL_GROUPS, RANDOM, QUIET)
 
 
-@pytest.mark.parametrize("where", ["observe", "part", "record", "statistics", "journal", "merge", "rename"])
+@pytest.mark.parametrize(
+    "where", ["observe", "part", "record", "statistics", "journal", "companions", "merge", "rename"]
+)
 def test_interrupted_anywhere_and_resumed_is_bit_identical(
     where: str, llama: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +210,13 @@ def test_interrupted_anywhere_and_resumed_is_bit_identical(
         if where == "observe":
             original = CalibrationWalk.observe
             patch.setattr(CalibrationWalk, "observe", breaking(original, lambda _self, index, *_: index == 2))
+        elif where == "companions":
+
+            def half(_: FloatModel, folder: Path) -> None:
+                (folder / "chat_template.jinja").write_text("{% for")
+                raise KilledError
+
+            patch.setattr(FloatModel, "save_companions", half)
         elif where in ("merge", "rename"):
             if where == "merge":
                 patch.setattr("fptq.checkpoint.writer.merge_shards", breaking(lambda *_: None, lambda *_: True))

@@ -36,9 +36,9 @@ def integer_range(bits: int) -> tuple[int, int]:
 def round_to_bfloat16(x: Array) -> Array:
     """Return float32 `x` rounded to the nearest value that bfloat16 holds (8 significant bits).
 
-    Every scale in a checkpoint goes through this, so a reader that casts scales to bfloat16, float16 or float32
-    computes with the same number and gets the same integers. The relative change is at most 2^-9: on the largest
-    code, a quarter of a step for 8 bits and far less for 4, so nothing saturates.
+    Every scale in a checkpoint goes through this, so a reader that casts scales to bfloat16, float32 or, within
+    its range, float16 computes with the same number and gets the same integers. The relative change is at most 2^-9:
+    on the largest code, a quarter of a step for 8 bits and far less for 4, so nothing saturates.
 
     It is Veltkamp's splitting: (2^16 + 1)·x - ((2^16 + 1)·x - x), which keeps 24 - 16 bits. Finite for |x| < 2^111.
     """

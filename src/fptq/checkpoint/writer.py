@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from fptq.shards import merge_shards, read_header, sha256_of_file, write_json, w
 class CheckpointWriter:
     """Collects a checkpoint in a working folder, one part per decoder block, and turns them into a finished folder.
 
-    Parts already written survive the process; `finish` may be repeated after an interruption.
+    Parts already written survive the process; what one that was interrupted had put together doesn't, and another
+    writer in the same folder begins that anew.
     """
 
     def __init__(self, folder: Path):
@@ -23,7 +25,9 @@ class CheckpointWriter:
         self._parts.mkdir(parents=True, exist_ok=True)
         self.final = folder / "final"
         """What becomes the checkpoint; tokenizer files and the like are put here before `finish`."""
-        self.final.mkdir(exist_ok=True)
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        self.final.mkdir()
 
     def part(self, name: str, suffix: str = ".safetensors") -> Path:
         """Return the path of a part's tensors, or of another file that belongs to the part."""
@@ -49,7 +53,7 @@ class CheckpointWriter:
         final = self.final
         self._merge(parts, self.part(replacements) if replacements else None, max_shard_bytes)
         write_json(final / "config.json", config)
-        files = sorted(path for path in final.rglob("*") if path.is_file() and path != final / RECORD_FILE)
+        files = sorted(path for path in final.rglob("*") if path.is_file())
         record = {
             **record,
             "files": {
@@ -61,8 +65,6 @@ class CheckpointWriter:
 
     def _merge(self, parts: list[str], replacements: Path | None, max_shard_bytes: int) -> None:
         final = self.final
-        for stale in [*final.glob("*.safetensors*"), *final.glob("*.tmp")]:
-            stale.unlink(missing_ok=True)
         bundles: list[list[Path]] = [[]]
         size = 0
         for part in map(self.part, parts):

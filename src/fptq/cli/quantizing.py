@@ -51,7 +51,7 @@ def add_quantize(commands: Any) -> None:
     add = command.add_argument_group("output").add_argument
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="of tensors that aren't quantized; auto is the source's")
-    add("--overwrite", action="store_true", help="replace a checkpoint, or a started job, in DIR")
+    add("--overwrite", action="store_true", help="replace a checkpoint in DIR, or a started job of another command")
     add("--quiet", action="store_true", help="no progress, no tables")
 
 

@@ -44,7 +44,7 @@ _GRADIENTS = torch.float32  # what the files hold
 
 
 class FisherInformation:
-    """The output side of the Fisher information of every linear layer.
+    """The Fisher information of every linear layer: its outputs' matrices, and what its inputs' tokens count for.
 
     Args:
         source: the float model.

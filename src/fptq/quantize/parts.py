@@ -198,7 +198,7 @@ class Parts:
         return json.loads(self._writer.part(part, ".json").read_text(encoding="utf-8"))
 
     def assemble(self, calibration: dict[str, Any], job: str) -> Path:
-        """Put the parts together and return the folder of the checkpoint; may be repeated after an interruption.
+        """Put the parts together and return the folder of the checkpoint.
 
         Args:
             calibration: the description of the calibration data.

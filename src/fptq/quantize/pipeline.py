@@ -90,7 +90,7 @@ def quantize(
         calibration: a `CalibrationSpec`, or its source alone, of which a preset then takes its usual number of samples.
         options: the rest.
         recording: a folder of recorded statistics of this model and calibration data (`record`), which spares the walk
-            through the model. A recipe that propagates its error, or trains, can't use one.
+            through the model. Only recipes that need no more than these can use one (`Recipe.can_be_recorded`).
 
     Raises:
         FPTQError: model, calibration, output or numbers are unusable; the message says which and why.
@@ -321,7 +321,6 @@ class _Job:
         if index + 1 == len(self.source.blocks):
             bar.update(len(self.walk.batches))
             return
-        block.to(self.walk.dtype)
         with quantized(block, linears):
             self.walk.propagate(index, bar.update)
 

@@ -90,12 +90,12 @@ class CalibrationWalk:
         return statistics
 
     def propagate(self, index: int, on_batch: Callable[[], object]) -> None:
-        """Run the loaded block once more over all samples: its outputs, as it is now, become the next one's inputs.
+        """Run the loaded block once more, in float32, over all samples: its outputs become the next one's inputs.
 
         Raises:
             QuantizationError: an output has a NaN or an infinity.
         """
-        self._run(index, on_batch)
+        self._run(index, on_batch, dtype=torch.float32)
 
     def _run(
         self,
@@ -103,14 +103,15 @@ class CalibrationWalk:
         on_batch: Callable[[], object],
         observe_cache: CacheObserver | None = None,
         *,
+        dtype: torch.dtype | None = None,
         in_bfloat16: bool = False,
     ) -> None:
-        """Run the loaded block over all samples; its outputs become the next one's inputs."""
+        """Run the loaded block, which is in `dtype`, over all samples; its outputs become the next one's inputs."""
         inputs, outputs = self._activations(index), self._activations(index + 1)
         last = index + 1 == len(self._source.blocks)
         for start, count in self.batches:
             with products_in_bfloat16(in_bfloat16):
-                states = self._stepper.run(index, inputs.read(start, count), observe_cache)
+                states = self._stepper.run(index, inputs.read(start, count).to(dtype or self.dtype), observe_cache)
             hint = "" if self.dtype is torch.float32 else " or needs --compute-dtype float32"
             require_finite(states, self._source.block_name(index), start, hint=hint)
             if not last:

@@ -22,6 +22,7 @@ from fptq.errors import CalibrationError, CheckpointError, FPTQError, ModelError
 from fptq.shards import flush_folder, write_json
 
 _BAD_INPUT = (ModelError, CalibrationError, QuantizationError)
+_JOB, _DROPPED = "job.json", "dropped.json"
 
 
 @contextmanager
@@ -75,7 +76,8 @@ class Workspace:
     def locked(self) -> Iterator[None]:
         """Hold the workspace for this process. Everything below needs it.
 
-        Bad input removes the working folder, since nothing in it will ever be of use. After anything else it stays.
+        Bad input removes this job's working folder, since nothing in it will ever be of use. After anything else it
+        stays.
 
         Raises:
             OutputError: another process holds it, or the disk is full or read-only.
@@ -87,7 +89,7 @@ class Workspace:
                 yield
                 _remove_file(lock)
             except FPTQError as cause:
-                if isinstance(cause, _BAD_INPUT):
+                if isinstance(cause, _BAD_INPUT) and self._is_begun():
                     self._drop()
                 if not self.folder.exists():
                     _remove_file(lock)
@@ -116,15 +118,15 @@ class Workspace:
                 f"{self.destination}: holds a checkpoint of another job (model, recipe, calibration or versions "
                 "differ); --overwrite replaces it"
             )
-        if self._started() == self._identity or (self.folder.is_dir() and not any(self.folder.iterdir())):
+        if self._is_begun() or self._is_litter():
             self._drop()
         return True
 
     def claim(self) -> CheckpointWriter:
         """Make the working folder, or check that the one there is this job's; return a writer into it."""
-        if self.folder.exists() and self._started() != self._identity:
+        if self.folder.exists() and not self._is_begun():
             started = self._started()
-            if started is None and any(path.name != "job.json.tmp" for path in self.folder.iterdir()):
+            if started is None and not self._is_litter():
                 raise OutputError(f"{self.folder}: holds something that fptq didn't make; move it away")
             if started is not None and not self._overwrite:
                 other = [key for key in self._identity if started.get(key) != self._identity[key]]
@@ -135,7 +137,7 @@ class Workspace:
             self._drop()
         if not self.folder.exists():
             self.folder.mkdir()
-            write_json(self.folder / "job.json", self._identity)
+            write_json(self.folder / _JOB, self._identity)
         return CheckpointWriter(self.folder)
 
     def publish(self, finished: Path) -> None:
@@ -158,28 +160,40 @@ class Workspace:
         self._drop()
 
     def _drop(self) -> None:
-        """Remove the working folder: the journal first, so that no kill leaves a journal without its parts."""
-        (self.folder / "journal.json").unlink(missing_ok=True)
+        """Remove the working folder, by one rename first: what a kill leaves of it is no job to go on with."""
         if not self.folder.exists():
             return
+        with suppress(FileNotFoundError):
+            (self.folder / _JOB).replace(self.folder / _DROPPED)
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != "job.json":
+            elif path.name != _DROPPED:
                 path.unlink()
-        (self.folder / "job.json").unlink(missing_ok=True)
+        (self.folder / _DROPPED).unlink(missing_ok=True)
         self.folder.rmdir()
 
     def _started(self) -> dict[str, Any] | None:
         """Return the identity of the job in the working folder, or None if there is none that can be read."""
         try:
-            return json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
+            return json.loads((self.folder / _JOB).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
+    def _is_begun(self) -> bool:
+        """Return whether the working folder is this job's."""
+        return self._started() == self._identity
+
+    def _is_litter(self) -> bool:
+        """Return whether a working folder is there, but only what a kill left while it was made or removed."""
+        if not self.folder.is_dir():
+            return False
+        names = {path.name for path in self.folder.iterdir()}
+        return _DROPPED in names or names <= {f"{_JOB}.tmp"}
+
     def next_block(self) -> int | None:
         """Return the block that is due, or None if this job's walk hasn't begun."""
-        if self._started() != self._identity:
+        if not self._is_begun():
             return None
         journal = self.folder / "journal.json"
         return int(json.loads(journal.read_text(encoding="utf-8"))["next_block"]) if journal.is_file() else None
