@@ -5,7 +5,8 @@
         --data-dir DIR --limit hellaswag=2000 --dtype bfloat16 --store kept fptq=out/fptq gptq=build/…/checkpoint
 
 One model after the other, each on all texts. Ours run on the engine with their int8 KV cache, the reference and other
-programs' results in transformers, in `--dtype` and on `--device`. With --store what was scored isn't scored again.
+programs' results in transformers, in `--dtype` and on `--device`. With --store what was scored isn't scored again:
+windows are known by their tokens, models by their files.
 With `--divergence N` there is also the KL divergence from the float model on the first N windows, for which each model
 is run beside it: chance in rounding moves that less than perplexity.
 
@@ -16,7 +17,7 @@ from one result to another.
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -34,12 +35,14 @@ from fptq.evaluate.fidelity import (
     window_losses,
 )
 from fptq.evaluate.paper import COMMON_SENSE
+from fptq.evaluate.results import digest, stamps
 from fptq.evaluate.runner import open_model
 from fptq.evaluate.scores import PERPLEXITY, TaskScore, TaskSpec
 from fptq.evaluate.tasks import run_tasks
 from fptq.models.loading import FloatModel
 from fptq.models.text import beginning_of_sequence, read_text
 from fptq.report.tables import format_estimate
+from kept import KeptScores
 
 REFERENCE = "float"
 DIVERGENCE = "KL divergence"
@@ -52,50 +55,32 @@ def open_scored(model: str, dtype: torch.dtype, device: str) -> Scored:
     if is_checkpoint(folder):
         if Checkpoint.open(folder).record:
             return open_model(model, "engine")[0]
+        files = stamps(folder)
         other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         other(torch.zeros(1, 1, dtype=torch.long))  # compressed weights become floats in the first pass
     else:
-        other = FloatModel.open(model).load_all(torch.float32)
+        opened = FloatModel.open(model)
+        files, other = opened.tensors.identity(), opened.load_all(torch.float32)
     other.to(dtype).to(device)
-    return ScoredModel(other, tokens_at_once=TOKENS_AT_ONCE_ON[device], identity=f"{model}, {dtype}")
+    identity = f"{model}, {dtype}, {device}, {digest(files)}"
+    return ScoredModel(other, tokens_at_once=TOKENS_AT_ONCE_ON[device], identity=identity)
 
 
-def score_windows_kept(model: Scored, windows: torch.Tensor, store: Path | None) -> list[float]:
-    """Return each window's loss, in nats a token; those in the file `store` aren't computed again."""
-    return _figures_kept(model, windows, store, "losses", lambda rest: window_losses(model, rest))
+def score_windows_kept(model: Scored, windows: torch.Tensor, file: Path | None) -> list[float]:
+    """Return each window's loss, in nats a token; those in the file aren't computed again."""
+    return KeptScores(file, model.identity).figures(windows, "loss", lambda due: window_losses(model, due))
 
 
-def divergences_kept(reference: Scored, model: Scored, windows: torch.Tensor, store: Path | None) -> list[float]:
+def divergences_kept(reference: Scored, model: Scored, windows: torch.Tensor, file: Path | None) -> list[float]:
     """Return each window's KL divergence from the reference, in nats a token, likewise."""
 
-    def diverging(rest: torch.Tensor) -> Iterator[float]:
-        for window in rest:
+    def diverging(due: torch.Tensor) -> Iterator[float]:
+        for window in due:
             scores = score_windows({"reference": reference, "model": model}, window[None], progress=False)
             yield scores["model"]["kl_divergence"].value
 
-    return _figures_kept(model, windows, store, "divergences", diverging)
-
-
-def _figures_kept(
-    model: Scored,
-    windows: torch.Tensor,
-    store: Path | None,
-    what: str,
-    score: Callable[[torch.Tensor], Iterator[float]],
-) -> list[float]:
-    """Return a figure for each window, by `score` where the file `store` hasn't got it under the name `what`."""
-    kept = {"model": model.identity}
-    if store is not None and store.exists():
-        kept = json.loads(store.read_text())
-        if kept["model"] != model.identity:
-            raise SystemExit(f"{store}: has figures of {kept['model']}, not of {model.identity}")
-    figures: list[float] = kept.setdefault(what, [])
-    if len(figures) < len(windows):
-        for figure in score(windows[len(figures) :]):
-            figures.append(figure)
-            if store is not None:
-                store.write_text(json.dumps(kept))
-    return figures[: len(windows)]
+    metric = f"KL divergence from {reference.identity}"
+    return KeptScores(file, model.identity).figures(windows, metric, diverging)
 
 
 @dataclass
@@ -204,7 +189,7 @@ def main() -> None:
         start = time.perf_counter()
         model = open_scored(folder, getattr(torch, options.dtype), options.device)
         kept = options.store / name if options.store else None
-        file = kept and kept.with_suffix(f".{options.length}.json")
+        file = kept and kept.with_suffix(".json")
         results[name] = Result(score_windows_kept(model, windows, file))
         if name == REFERENCE and options.divergence:
             reference = model

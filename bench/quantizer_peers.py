@@ -4,8 +4,8 @@
     python bench/quantizer_peers.py --model demo --calibration pile.jsonl --text wiki.test.raw --json out.json
     python bench/quantizer_peers.py ... --ours gptq-w4a16=out/gptq --ours awq-w4a16=out/awq
 
-Every quantizer gets the same float32 model, calibration tokens and group sizes. All results run here, in float32 with
-a float KV cache, whatever made them. What is there already isn't made again: results lie in
+Every quantizer gets the same float32 model, calibration tokens and group sizes. All results run here, in float32,
+whatever made them; only ours may have an int8 KV cache. What is there already isn't made again: results lie in
 FOLDER/results/MODEL/SAMPLESxLENGTH-FINGERPRINT/NAME, "checkpoint" and "result.json" in each.
 
 Prints Markdown tables: every result beside the float model, and each of ours beside the peers with the same method
@@ -13,7 +13,6 @@ Prints Markdown tables: every result beside the float model, and each of ours be
 """
 
 import argparse
-import hashlib
 import json
 import math
 import shutil
@@ -31,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from fptq.evaluate.estimates import Estimate, exponential_of_mean, mean, perplexity_ratio
 from fptq.evaluate.fidelity import Scored, ScoredModel, cut_windows, score_windows
+from fptq.evaluate.results import digest, stamps
 from fptq.evaluate.runner import open_models
 from fptq.models.loading import FloatModel
 from fptq.models.text import beginning_of_sequence, read_text
@@ -38,6 +38,7 @@ from fptq.progress import progress_bar
 from fptq.quantize.calibration import CalibrationSpec, load_calibration
 from fptq.quantize.policy import choose_group_size
 from fptq.report.tables import format_estimate
+from kept import KeptScores, window_key
 from peers.quantizers import QUANTIZERS, Job, Quantizer
 
 HERE = Path(__file__).resolve().parent
@@ -51,6 +52,11 @@ class Scores:
     loss: list[float]
     kl_divergence: list[float]
     top1_agreement: list[float]
+
+    @classmethod
+    def of(cls, windows: Sequence[dict[str, float]]) -> "Scores":
+        """Return the scores of these windows; the float model's differ from nothing."""
+        return cls(*([values[metric] for values in windows if metric in values] for metric in METRICS))
 
 
 def write_float_model(model: str, folder: Path) -> FloatModel:
@@ -163,36 +169,16 @@ def check_inputs(name: str, layer: torch.nn.Module, scheme: QuantizationScheme) 
     assert error < 1e-5, f"{name}: computes something else than its scheme, by {error:.1e}"
 
 
-class Kept:
-    """Scores that were found before, by the window's token ids, in a file."""
-
-    def __init__(self, file: Path | None):
-        self.file = file
-        self.windows: dict[str, dict[str, float]] = {}
-        if file is not None and file.exists():
-            self.windows = json.loads(file.read_text())
-
-    def add(self, window: str, values: dict[str, float]) -> None:
-        """Keep what was found for a window."""
-        self.windows[window] = values
-        if self.file is not None:
-            self.file.write_text(json.dumps(self.windows) + "\n")
-
-    def scores(self, windows: Sequence[str]) -> Scores:
-        """Return what there is for these windows."""
-        found = [self.windows[window] for window in windows]
-        return Scores(*([values[metric] for values in found if metric in values] for metric in METRICS))
-
-
 def score_all(
     peers: dict[str, Path], ours: dict[str, str], model: str, float_file: Path, windows: torch.Tensor, at_once: int
 ) -> dict[str, Scores]:
     """Return the scores of the float model ("reference"), of peers and of ours; all but ours are kept in files."""
-    digests = [hashlib.sha256(window.numpy().tobytes()).hexdigest()[:16] for window in windows]
-    kept = {"reference": Kept(float_file)}
-    kept |= {name: Kept(folder / "scores.json") for name, folder in peers.items()}
-    kept |= {name: Kept(None) for name in ours}
-    missing = [name for name in kept if not set(digests) <= set(kept[name].windows)]
+    keys = [window_key(window) for window in windows]
+    kept = {"reference": KeptScores(float_file, digest(stamps(model)))}
+    for name, folder in peers.items():
+        kept[name] = KeptScores(folder / "scores.json", digest(stamps(folder / "checkpoint")))
+    kept |= {name: KeptScores(None, name) for name in ours}
+    missing = [name for name in kept if not set(keys) <= set(kept[name].windows)]
     print(f"to be scored: {', '.join(missing) or 'nothing'}", file=sys.stderr)
     quantized = [name for name in missing if name != "reference"]
     for first in range(0, len(quantized) or len(missing), at_once):
@@ -200,15 +186,15 @@ def score_all(
         models, _ = open_models({name: ours[name] for name in part if name in ours}, model, "transformers")
         models |= {name: load_peer(peers[name] / "checkpoint") for name in part if name in peers}
         with progress_bar(len(windows), what="windows", show=True) as bar:
-            for window, digest in zip(windows, digests, strict=True):
-                running = {name: run for name, run in models.items() if digest not in kept[name].windows}
+            for window, key in zip(windows, keys, strict=True):
+                running = {name: run for name, run in models.items() if key not in kept[name].windows}
                 if running:
                     running["reference"] = models["reference"]
                     for name, values in score_window(running, window).items():
-                        kept[name].add(digest, values)
+                        kept[name].add(key, values)
                 bar.update()
         del models
-    return {name: values.scores(digests) for name, values in kept.items()}
+    return {name: Scores.of([scores.windows[key] for key in keys]) for name, scores in kept.items()}
 
 
 def score_window(models: dict[str, Scored], window: torch.Tensor) -> dict[str, dict[str, float]]:

@@ -166,6 +166,8 @@ def test_recipes_of_a_comparison_stand_beside_it(folder: Path) -> None:
     assert rows["rtn-w4a8"].differences["perplexity"].value == pytest.approx(100 * (np.exp(0.5) - 1))
     assert rows["rtn-w4a8"].differences["piqa"].value == -25.0
     assert rows[FLOAT].figures["piqa"].value == 75.0
+    without_float = gather([], {"results": [result("fptq", [1.0, 2.0]), result("rtn-w4a8", [1.5, 2.5])]})
+    assert all(row.figures and not row.differences for row in without_float)  # to another recipe would mislead
     with pytest.raises(ReportError, match="fptq compare"):
         gather([], {"results": [{"label": "x"}]})
 

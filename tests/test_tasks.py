@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fptq.evaluate.runner import open_models
 from fptq.evaluate.scores import TaskScore, TaskSpec
 from fptq.evaluate.tasks import prepare_tasks, run_tasks
 from fptq.runtime.engine import Engine
+from quantizing import checkpoint_of
 from scored import Counting, open_float, quantize_model, save_model
 
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
@@ -291,10 +293,30 @@ def test_results_of_something_else_are_refused(model: Path, data_dir: Path, tmp_
     scored.identity = ""
     with pytest.raises(EvaluationError, match="without an identity"):
         run_tasks(scored, tokenizer, TaskSpec(("piqa",), str(data_dir), limit=2), store=store, progress=False)
+    changed = Path(shutil.copytree(data_dir, tmp_path / "data"))
+    run(model, TaskSpec(("piqa",), str(changed), limit=2), store=tmp_path / "changing.jsonl")
+    next(changed.rglob("piqa/*.jsonl")).touch()
+    with pytest.raises(EvaluationError, match="has results of data"):
+        run(model, TaskSpec(("piqa",), str(changed), limit=2), store=tmp_path / "changing.jsonl")
     for content in ("hello\n", "[]\n", ""):
         store.write_text(content)
         with pytest.raises(EvaluationError, match="isn't a file of results"):
             run(model, TaskSpec(("piqa",), str(data_dir), limit=2), store=store)
+
+
+def test_metrics_that_are_no_means_are_refused(model: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.aggregation", lambda _: {"acc": max, "acc_norm": max})
+    with pytest.raises(EvaluationError, match="'acc' isn't an average over documents"):
+        run(model, TaskSpec(("piqa",), str(data_dir), limit=2))
+
+
+@pytest.mark.parametrize("variant", ["llama", "bloom"])
+def test_a_checkpoint_has_the_context_of_its_float_model(variant: str, tmp_path: Path) -> None:
+    """BLOOM's config names no longest text."""
+    folder = checkpoint_of(tmp_path, variant)
+    models, tokenizer = open_models({"quantized": str(folder)}, str(tmp_path / "model"))
+    own, reference = (harness.HarnessModel(models[name], tokenizer=tokenizer) for name in ("quantized", "reference"))
+    assert own.max_length == reference.max_length
 
 
 @pytest.mark.parametrize(

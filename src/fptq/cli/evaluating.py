@@ -49,7 +49,8 @@ def add_evaluate(commands: Any) -> None:
     add("--data-dir", metavar="DIR", help=data)
     examples = "examples in a prompt (default: 5 for MMLU, as in the paper; what the harness defines for the others)"
     add("--num-fewshot", type=int, metavar="N", help=examples)
-    add("--results", metavar="FILE", help="keep answers and scores in FILE; given again, it goes on where it was")
+    kept = "keep answers and scores in FILE; given again, it goes on where it was (with texts to write: at the task)"
+    add("--results", metavar="FILE", help=kept)
 
 
 def _add_trial_options(command: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from fptq.checkpoint import Checkpoint, LayerScheme
 from fptq.errors import EvaluationError, OutputError, QuantizationError
 from fptq.evaluate.estimates import Estimate, exponential_of_mean, perplexity_ratio
 from fptq.evaluate.fidelity import Scored, cut_windows, window_losses
+from fptq.evaluate.results import digest, stamps
 from fptq.evaluate.runner import AUTO, load_text, open_model
 from fptq.evaluate.scores import TaskScore, TaskSpec
 from fptq.evaluate.tasks import prepare_tasks, quiet, require_harness, run_tasks
@@ -231,7 +232,7 @@ class _Comparison:
         """Mark the folder as this model's, or raise OutputError if it is another's: results would be mixed."""
         mine = {
             "model": self.source.name,
-            "files": _digest(
+            "files": digest(
                 [self.source.tensors.identity(), self.source.config_dict(), self.source.companion_digests()]
             ),
             "versions": {"fptq": fptq.__version__, "torch": str(torch.__version__), **library_versions()},
@@ -285,7 +286,7 @@ class _Comparison:
             if recipe is None or not recipe.can_be_recorded:
                 continue
             spec = self._spec(contender)
-            name = _digest([asdict(spec), _stamps(spec.source), self.options.compute_dtype])
+            name = digest([asdict(spec), stamps(spec.source), self.options.compute_dtype])
             if (
                 recipe.percentile_wanted is not None
                 and percentiles.setdefault(name, recipe.percentile) != recipe.percentile
@@ -327,8 +328,8 @@ class _Comparison:
         if contender.recipe is None:
             return FLOAT
         spec = self._spec(contender)
-        parts = [contender.recipe.to_dict(), asdict(spec), _stamps(spec.source), self.options.compute_dtype]
-        return f"{contender.recipe.name}-{_digest(parts)}"
+        parts = [contender.recipe.to_dict(), asdict(spec), stamps(spec.source), self.options.compute_dtype]
+        return f"{contender.recipe.name}-{digest(parts)}"
 
     def _checkpoint(self, contender: Contender) -> Path:
         return self.folder / "checkpoints" / self.key(contender)
@@ -364,7 +365,7 @@ class _Scores:
         if trial.text is None:
             return ()
         text = load_text(trial.text)
-        path = self._folder / f"perplexity-{_digest([hashlib.sha256(text.encode()).hexdigest(), trial.length])}.json"
+        path = self._folder / f"perplexity-{digest([hashlib.sha256(text.encode()).hexdigest(), trial.length])}.json"
         kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"losses": [], "of": None}
         if len(kept["losses"]) < min(trial.windows or kept["of"] or 1 << 60, kept["of"] or 1 << 60):
             model, tokenizer = self._model()
@@ -384,8 +385,8 @@ class _Scores:
         for name in spec.tasks if spec else ():
             assert spec is not None
             one = spec.only(name)
-            what = [asdict(one), _stamps(one.data_dir), self._comparison.harness]
-            known = self._folder / f"{name.replace('/', '_')}-{_digest(what)}.json"
+            what = [asdict(one), stamps(one.data_dir), self._comparison.harness]
+            known = self._folder / f"{name.replace('/', '_')}-{digest(what)}.json"
             if not known.exists():
                 model, tokenizer = self._model()
                 store = known.with_suffix(".jsonl")
@@ -421,16 +422,3 @@ def layer_losses(one: Result, other: Result) -> list[tuple[str, float, float]]:
             lost = [beside[key] - layer[key] for key in ("sqnr_db", "weight_sqnr_db")]
             rows.append((name, lost[0], lost[1]))
     return sorted(rows, key=lambda row: -row[1])
-
-
-def _stamps(source: str | None) -> list[Any]:
-    """Return sizes and times of change of a local file, or of all files in a folder; nothing of what isn't local."""
-    path = Path(source).expanduser() if source else None
-    if path is None or not path.exists():
-        return []
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]

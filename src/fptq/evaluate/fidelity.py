@@ -226,7 +226,7 @@ class ScoredEngine:
         self.kernels = [engine.kernels.target]
         self.identity = identity
         self.vocabulary = engine.plan.vocabulary
-        self.context: int | None = engine.context
+        self.context = engine.context if engine.plan.context else None
         self.reuses_prefixes = reuses_prefixes
         self._text: tuple[int, ...] = ()
         self._sequence = engine.sequence()
@@ -334,6 +334,7 @@ def _score_window(models: Mapping[str, Scored], window: torch.Tensor) -> dict[st
             total["loss"] -= float(log.gather(1, target.to(log.device)).double().sum())
             if reference is None or name == "reference":
                 continue
+            log = log.to(reference.device)
             divergence = float((reference.exp() * (reference - log)).double().sum())
             agreement = float((reference.argmax(1) == log.argmax(1)).sum())
             total["kl_divergence"] = total.get("kl_divergence", 0.0) + divergence

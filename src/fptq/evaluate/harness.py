@@ -15,6 +15,7 @@ from typing import Any
 
 import lm_eval.tasks
 from lm_eval import utils
+from lm_eval.api.metrics import mean, perplexity
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import (
@@ -29,6 +30,8 @@ from fptq.evaluate.fidelity import Scored, Writing
 from fptq.evaluate.local_data import local_dataset
 from fptq.evaluate.requests import Likelihood, Request, answer
 from fptq.evaluate.results import ResultFile
+from fptq.evaluate.runner import LONGEST_TEXT, open_models
+from fptq.evaluate.scores import PERPLEXITY
 
 VERSION: str = lm_eval.__version__
 DEFAULT_CONTEXT = 2048  # as HFLM has it for a model without a limit
@@ -45,7 +48,8 @@ class HarnessModel(TemplateLM):
         pretrained: a checkpoint folder or a float model; or a scored model that is open already.
         runtime: what runs a checkpoint, "engine" or "transformers"; by default the engine.
         tokenizer: of a model that is open already.
-        max_length: tokens that a text may have; by default the model's context.
+        max_length: tokens that a text may have; by default the model's context, up to `LONGEST_TEXT`, so that a
+            checkpoint and its float model get the same texts, whatever runs them.
         batch_size: and the other options that the harness hands on are taken and don't matter.
 
     Attributes:
@@ -67,15 +71,14 @@ class HarnessModel(TemplateLM):
     ):
         super().__init__()
         if isinstance(pretrained, str):
-            from fptq.evaluate.runner import LONGEST_TEXT, open_models
-
             models, tokenizer = open_models({"model": pretrained}, None, runtime, max_length or LONGEST_TEXT)
             pretrained = models["model"]
         if max_length and pretrained.context and max_length > pretrained.context:
             raise EvaluationError(f"max_length {max_length}: the model's context has {pretrained.context} tokens")
         self.model = pretrained
         self.tokenizer = tokenizer
-        self.max_length: int = max_length or pretrained.context or _tokenizer_limit(tokenizer) or DEFAULT_CONTEXT
+        limit = pretrained.context or _tokenizer_limit(tokenizer) or DEFAULT_CONTEXT
+        self.max_length = max_length or min(limit, LONGEST_TEXT)
         self.truncated = 0
         self.results: ResultFile | None = None
         self.advance: Callable[[float], None] = lambda share: None
@@ -228,19 +231,18 @@ def per_document(lm: HarnessModel, task: Any, limit: int) -> dict[str, list[floa
     """
     name = task.task_name
     evaluated = lm_eval.evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
+    means = {PERPLEXITY: perplexity}
     values: dict[str, list[float]] = {}
     for sample in sorted(evaluated["samples"][name], key=lambda sample: sample["doc_id"]):
         for metric in sample["metrics"]:
+            if task.aggregation().get(metric) is not means.get(metric, mean):
+                raise EvaluationError(
+                    f"task '{name}': its metric '{metric}' isn't an average over documents; run it with the harness' "
+                    "own command (docs/evaluation.md)"
+                )
             full = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
             values.setdefault(full, []).append(sample[metric])
-    for metric, found in values.items():
-        if not all(isinstance(value, int | float) for value in found):
-            raise EvaluationError(
-                f"task '{name}': its metric '{metric}' isn't an average over documents; run it with the harness' own "
-                "command (docs/evaluation.md)"
-            )
-        values[metric] = [float(value) for value in found]
-    return values
+    return {metric: [float(value) for value in found] for metric, found in values.items()}
 
 
 def belongs_to(name: str, group: str) -> bool:

@@ -59,13 +59,13 @@ class ResultFile:
 
     def answer(self, request: Request) -> Likelihood | None:
         """Return the answer to a request, None if it isn't known."""
-        found = self._answers.get(_digest(request))
+        found = self._answers.get(_key(request))
         return None if found is None else Likelihood(*found)
 
     def add(self, request: Request, likelihood: Likelihood) -> None:
         """Note an answer; it is in the file some seconds later, or after `flush`."""
-        digest = _digest(request)
-        self._answers[digest] = self._pending[digest] = (likelihood.log_probability, likelihood.greedy)
+        key = _key(request)
+        self._answers[key] = self._pending[key] = (likelihood.log_probability, likelihood.greedy)
         if time.monotonic() - self._flushed_sec > FLUSH_SEC:
             self.flush()
 
@@ -101,9 +101,7 @@ class ResultFile:
                         f"{self._header.get(name)!r}; give another file"
                     )
             for entry in entries:
-                self._answers |= {
-                    digest: (value, greedy) for digest, (value, greedy) in entry.get("answers", {}).items()
-                }
+                self._answers |= {key: (value, greedy) for key, (value, greedy) in entry.get("answers", {}).items()}
                 if "task" in entry:
                     self.scores[entry["task"]] = entry["scores"]
         except (ValueError, TypeError, AttributeError, KeyError) as cause:
@@ -121,6 +119,20 @@ class ResultFile:
             raise OutputError(f"{self.path}: can't be written ({cause.strerror})") from cause
 
 
-def _digest(request: Request) -> str:
+def digest(values: Any) -> str:
+    """Return a short name for JSON-ready values that others won't have."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def stamps(source: str | Path | None) -> list[Any]:
+    """Return sizes and times of change of a local file, or of all files in a folder; nothing of what isn't local."""
+    path = Path(source).expanduser() if source else None
+    if path is None or not path.exists():
+        return []
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _key(request: Request) -> str:
     tokens = np.array([len(request.context), *request.context, *request.continuation], "<i4")
     return hashlib.sha256(tokens.tobytes()).hexdigest()[:32]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -25,6 +23,7 @@ from fptq.evaluate.fidelity import (
     score_lambada,
     score_windows,
 )
+from fptq.evaluate.results import digest
 from fptq.evaluate.scores import TaskScore, TaskSpec
 from fptq.evaluate.tasks import require_harness, run_tasks
 from fptq.integrations.transformers import load, new_cache
@@ -233,7 +232,7 @@ def open_model(model: str, runtime: str = AUTO, length: int = LONGEST_TEXT) -> t
 
 def _open_float(model: str) -> tuple[Scored, Any]:
     opened = FloatModel.open(model)
-    identity = f"{opened.name}, float32, {_digest(opened.tensors.identity())}"
+    identity = f"{opened.name}, float32, {digest(opened.tensors.identity())}"
     model = opened.load_all(torch.float32)
     return ScoredModel(model, tokens_at_once=TOKENS_AT_ONCE, identity=identity), opened.tokenizer
 
@@ -242,7 +241,7 @@ def _open_checkpoint(folder: str, runtime: str, length: int) -> tuple[Scored, An
     checkpoint = Checkpoint.open(folder)
     shards = sorted({path for path, _ in checkpoint.tensors.values()})
     files = checkpoint.record or [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in shards]
-    identity = f"{checkpoint.folder.name}, {runtime}, {_digest(files)}"
+    identity = f"{checkpoint.folder.name}, {runtime}, {digest(files)}"
     if runtime in ("transformers", "simulated"):
         model, tokenizer = load(folder, simulate=runtime == "simulated")
         whole = any(scheme.activation.sees_whole_text for scheme in checkpoint.schemes.values())
@@ -251,10 +250,6 @@ def _open_checkpoint(folder: str, runtime: str, length: int) -> tuple[Scored, An
     context = min(blueprint(checkpoint.config).context or length, max(length, _LEAST_CONTEXT))
     engine = Engine.open(folder, threads=torch.get_num_threads(), context=context)
     return ScoredEngine(engine, identity=identity), load_tokenizer(engine.folder)
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def score(

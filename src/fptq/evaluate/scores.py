@@ -74,7 +74,7 @@ class TaskScore:
 
     @property
     def estimates(self) -> dict[str, Estimate]:
-        """Every metric with its standard error; a group's is the mean of all questions, as the harness has it."""
+        """Every metric with its standard error; a group's is the mean of all questions, as MMLU's in the harness."""
         return {metric: self._summary(metric, values) for metric, values in self.values.items()}
 
     def differences(self, reference: TaskScore) -> dict[str, Estimate]:

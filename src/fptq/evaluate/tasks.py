@@ -17,7 +17,7 @@ from typing import Any
 
 from fptq.errors import EvaluationError, MissingDependencyError
 from fptq.evaluate.fidelity import Scored
-from fptq.evaluate.results import ResultFile
+from fptq.evaluate.results import ResultFile, digest, stamps
 from fptq.evaluate.scores import TaskScore, TaskSpec
 from fptq.progress import progress_bar
 
@@ -53,7 +53,8 @@ def run_tasks(
     if store is not None:
         if not model.identity:
             raise EvaluationError(f"{store}: results can't be kept of a model without an identity")
-        lm.results = ResultFile.open(store, {"model": model.identity, **asdict(spec), "harness": harness.VERSION})
+        subject = {"model": model.identity, **asdict(spec), "data": digest(stamps(spec.data_dir))}
+        lm.results = ResultFile.open(store, {**subject, "harness": harness.VERSION})
     scores: dict[str, TaskScore] = {}
     for name in spec.tasks:
         if lm.results and name in lm.results.scores:

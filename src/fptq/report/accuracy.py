@@ -93,20 +93,21 @@ def _evaluated(label: str, values: Mapping[str, Any]) -> list[Accuracy]:
 
 def _compared(comparison: Mapping[str, Any]) -> list[Accuracy]:
     results = comparison["results"]
-    base = next((result for result in results if result["label"] == "fp"), results[0])
-    base_tasks = _tasks(base)
+    base = next((result for result in results if result["label"] == "fp"), None)
+    base_tasks = _tasks(base) if base else {}
     found = []
     for result in results:
         row = Accuracy(FLOAT if result["label"] == "fp" else result["label"])
         if result["losses"]:
             row.figures[_PERPLEXITY] = exponential_of_mean(result["losses"])
-            row.differences[_PERPLEXITY] = perplexity_ratio(result["losses"], base["losses"]).increase().scaled(100.0)
+            if base and result is not base:
+                ratio = perplexity_ratio(result["losses"], base["losses"])
+                row.differences[_PERPLEXITY] = ratio.increase().scaled(100.0)
         for task, score in _tasks(result).items():
             if score.metric != PERPLEXITY:
                 row.figures[task] = score.estimate.scaled(100.0)
-                row.differences[task] = score.differences(base_tasks[task])[score.metric].scaled(100.0)
-        if result is base:
-            row.differences.clear()
+                if base and result is not base:
+                    row.differences[task] = score.differences(base_tasks[task])[score.metric].scaled(100.0)
         found.append(row)
     return found
 

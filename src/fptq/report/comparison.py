@@ -65,8 +65,9 @@ def comparison_tables(results: Sequence[Result], title: str, base: Result) -> li
     used = [f"{len(results[0].losses)} perplexity windows"] if results[0].losses else []
     used += [f"documents: {', '.join(counts)}"] if counts else []
     notes = ["; ".join(["± is one standard error", *used]), _runtimes(results)]
-    cut = {name: score.truncated for name, score in results[0].tasks.items() if score.truncated}
-    notes += [f"{name}: {count} requests were longer than the context, cut on the left" for name, count in cut.items()]
+    for name in results[0].tasks:
+        count = max(result.tasks[name].truncated for result in results)
+        notes += [f"{name}: {count} requests were longer than the context, cut on the left"] if count else []
     others = [r for r in results if r.label != base.label]
     differences = [[r.label, *_differences(r, base, columns)] for r in others]
     return [
