@@ -38,6 +38,17 @@ def test_a_config_that_makes_no_model_is_an_error(values: dict[str, object], lla
         quantize(str(model), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
 
 
+def test_damaged_generation_settings_are_found_first(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fptq.quantize.walk.CalibrationWalk.begin", lambda *_, **__: pytest.fail("the walk began"))
+    folder = shutil.copytree(llama, tmp_path / "model")
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match="tokenizer or generation settings are damaged"):
+        quantize(str(folder), tmp_path / "q", SMALL_GROUPS, RANDOM, QUIET)
+    assert not [path for path in tmp_path.glob("q*") if path.is_dir()]
+
+
 def test_damaged_tokenizer_and_impossible_lengths_are_errors(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="context has 256 tokens"):
         quantize(str(llama), tmp_path / "q", SMALL_GROUPS, CalibrationSpec("random", 2, 300), QUIET)

@@ -69,7 +69,7 @@ def test_demo_model_end_to_end(tmp_path: Path) -> None:
             assert list(completion.tokens) == tokens[0, len(prompt) :].tolist()
 
 
-def test_gguf_with_rotary_scaling_is_refused(demo: FloatModel) -> None:
+def test_gguf_files_that_transformers_would_read_wrongly_are_refused(demo: FloatModel) -> None:
     class Field:
         def __init__(self, value: object):
             self.value = value
@@ -77,7 +77,13 @@ def test_gguf_with_rotary_scaling_is_refused(demo: FloatModel) -> None:
         def contents(self) -> object:
             return self.value
 
-    reader = open_gguf(demo.location)
-    reader.fields["llama.rope.scaling.type"] = Field("yarn")
-    with pytest.raises(ModelError, match=r"rotary scaling \(yarn\).*safetensors"):
-        loading._read_gguf_config(demo.location, reader)
+    for key, value, match in (
+        ("llama.rope.scaling.type", "yarn", r"rotary scaling \(yarn\).*safetensors"),
+        ("llama.rope.scale_linear", 4.0, r"rotary scaling \(linear\)"),
+        ("split.count", 3, "split GGUF"),
+        ("general.architecture", None, "which architecture"),
+    ):
+        reader = open_gguf(demo.location)
+        reader.fields[key] = Field(value)
+        with pytest.raises(ModelError, match=match):
+            loading._read_gguf_config(demo.location, reader)

@@ -123,6 +123,9 @@ def test_what_no_engine_has_is_refused(model: Path, made: Path, tmp_path: Path) 
     head = make(model, tmp_path / "head", lm_head="int8")
     with pytest.raises(CheckpointError, match="without --lm-head int8"):
         export(Checkpoint.open(head), tmp_path / "out", "w4a16")
+    int8 = make(model, tmp_path / "int8", layer_formats=("*.down_proj=int8",))
+    with pytest.raises(CheckpointError, match=r"down_proj \(\d+ such\) has int8 weights"):
+        export(Checkpoint.open(int8), tmp_path / "out", "w4a16")
     simulated = make(model, tmp_path / "simulated", "llm-int8")
     with pytest.raises(CheckpointError, match="simulated"):
         export(Checkpoint.open(simulated), tmp_path / "out", "w4a16")
@@ -137,13 +140,17 @@ def test_an_export_that_fails_leaves_nothing_that_looks_finished(
     def full(*_: object, **__: object) -> None:
         raise OutputError("the disk is full")
 
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "job.json").write_text("{}")  # a started job of `quantize`
     monkeypatch.setattr("fptq.export.standard.write_json", full)
     with pytest.raises(OutputError, match="full"):
         export(Checkpoint.open(made), tmp_path / "out", "w4a16")
     assert not (tmp_path / "out").exists()
-    assert not is_checkpoint(tmp_path / "out.partial")
+    assert not any(map(is_checkpoint, tmp_path.iterdir()))
     monkeypatch.undo()
     assert is_checkpoint(export(Checkpoint.open(made), tmp_path / "out", "w4a16"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
+    assert (tmp_path / "out.partial" / "job.json").exists()
 
 
 def test_the_command_says_what_it_became(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,6 @@ def push(
     """
     try:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     except ModuleNotFoundError as cause:
         raise MissingDependencyError("the Hub needs huggingface_hub", "hub") from cause
 
@@ -67,7 +66,8 @@ def push(
             commit_message="Model card",
             revision=revision,
         )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as cause:
+    # errors of several libraries without a common base class: the Hub's, HTTP's, those of the transfer
+    except Exception as cause:
         raise OutputError(
             f"{place}: the Hub doesn't take it ({first_line(cause)}). Check the name, the network, and "
             "`hf auth login`; the same command sends what is missing"

@@ -40,8 +40,8 @@ def is_checkpoint(folder: Path) -> bool:
     try:
         if (folder / RECORD_FILE).exists():
             return True
-        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
+    except (OSError, ValueError, AttributeError):
         return False
 
 

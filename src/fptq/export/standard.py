@@ -28,11 +28,11 @@ def export_standard(checkpoint: Checkpoint, output: Path, target: str, activatio
     Tensors are copied by small pieces; nothing is at `output` before all is.
 
     Raises:
-        CheckpointError: the head is int8.
+        CheckpointError: a layer is int8 that the target can't have so.
         OutputError: `output` can't be written.
     """
-    _require_float_head(checkpoint)
-    partial = output.with_name(f"{output.name}.partial")
+    _require_sayable(checkpoint, activation)
+    partial = output.with_name(f"{output.name}.export")  # OUT.partial may be a job of `quantize`
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -54,11 +54,17 @@ def export_standard(checkpoint: Checkpoint, output: Path, target: str, activatio
     partial.rename(output)
 
 
-def _require_float_head(checkpoint: Checkpoint) -> None:
+def _require_sayable(checkpoint: Checkpoint, activation: Activation) -> None:
     odd = sorted(checkpoint.schemes.keys() - set(checkpoint.block_layers))
     if odd:
         raise CheckpointError(
             f"{checkpoint.folder}: {odd[0]} is int8, which stock engines don't load; quantize without --lm-head int8"
+        )
+    int8 = [name for name, scheme in checkpoint.schemes.items() if scheme.bits == 8]
+    if int8 and activation is Activation.NONE:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {int8[0]} ({len(int8)} such) has int8 weights, which stock engines load with int8 "
+            "activations only; --to compressed-tensors-dynamic keeps them"
         )
 
 

@@ -318,8 +318,8 @@ def _attention_names(model: nn.Module, architecture: Any, config: Any) -> list[s
 
 def _check_names(checkpoint: Checkpoint, model: nn.Module, attention: list[str]) -> None:
     """Raise CheckpointError unless the file has exactly the tensors that the model needs, in its shapes."""
-    tied = set() if checkpoint.tied_head else tied_names(model)
-    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items() if name not in tied}
+    unneeded = [] if checkpoint.tied_head else tied_names(model)[1:]
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items() if name not in unneeded}
     for name in checkpoint.schemes:
         shape = wanted.pop(f"{name}.weight", None)
         stored = checkpoint.shape(name)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fptq.errors import ArchitectureError, FPTQError, ModelError
+from fptq.errors import ArchitectureError, FPTQError, ModelError, first_line
 from fptq.models.architectures import Architecture, InputGroup, get_architecture
 from fptq.models.sources import GGUFSource, ReplacedTensors, SafetensorsSource, TensorSource, locate, open_gguf
 from fptq.shards import sha256_of_file
@@ -37,6 +37,9 @@ _COMPANIONS = (
     "chat_template.json",
     "generation_config.json",
 )
+
+
+_ROTARY_FACTORS = ("scale_linear", "scaling.factor")  # of linear scaling, in files without its type
 
 
 class FloatModel:
@@ -77,7 +80,11 @@ class FloatModel:
         name = location.name if Path(model).expanduser().exists() or model == "demo" else model
         if location.is_dir():
             config = _read_folder_config(location)
-            return cls(name, location, config, build_skeleton(config), SafetensorsSource(location))
+            found = cls(name, location, config, build_skeleton(config), SafetensorsSource(location))
+            if found._has_another_head():  # as transformers does, too
+                config.tie_word_embeddings = False
+                found = cls(name, location, config, build_skeleton(config), found.tensors)
+            return found
         reader = open_gguf(location)
         config = _read_gguf_config(location, reader)
         skeleton = build_skeleton(config)
@@ -95,24 +102,19 @@ class FloatModel:
         return FloatModel(self.name, self.location, self.config, self.model, tensors)
 
     def _match_names(self) -> dict[str, str]:
-        """Return the file's name of each tensor in the state dict; files may leave out the base model's prefix.
+        """Return the file's name of each tensor in the state dict; a tied weight may have the name of either module.
 
         Raises:
             ModelError: a tensor is missing, has another shape, or has no place in the model.
         """
-        prefix = f"{self.model.base_model_prefix}."
         shapes = self.tensors.shapes
         tied = tied_names(self.model)
         names, missing, surplus = {}, [], set(shapes)
         for name, parameter in self.model.state_dict().items():
-            spellings = [name, name.removeprefix(prefix), prefix + name]
-            spellings += [
-                theirs + name.removeprefix(ours) for ours, theirs in self.architecture.renamed if name.startswith(ours)
-            ]
-            surplus -= set(spellings)
-            if name in tied:
+            surplus -= set(self._spellings(name))
+            if name in tied[1:]:
                 continue
-            found = next((spelling for spelling in spellings if spelling in shapes), None)
+            found = self._find(*(tied if name in tied else [name]))
             if found is None:
                 missing.append(name)
                 continue
@@ -134,6 +136,28 @@ class FloatModel:
                 f"first is '{min(surplus)}'; leaving them out would change the model"
             )
         return names
+
+    def _spellings(self, name: str) -> list[str]:
+        """Return the names that a tensor of the state dict may have in files, which may leave out a prefix."""
+        prefix = f"{self.model.base_model_prefix}."
+        renamed = [
+            theirs + name.removeprefix(ours) for ours, theirs in self.architecture.renamed if name.startswith(ours)
+        ]
+        return [name, name.removeprefix(prefix), prefix + name, *renamed]
+
+    def _find(self, *names: str) -> str | None:
+        """Return what the file calls a tensor that has these names in the state dict; None: it isn't there."""
+        spellings = (spelling for name in names for spelling in self._spellings(name))
+        return next((spelling for spelling in spellings if spelling in self.tensors.shapes), None)
+
+    def _has_another_head(self) -> bool:
+        """Return whether the files have an output head of their own, though the config says that it is tied."""
+        embedding, *heads = tied_names(self.model) or [""]
+        found = [self._find(head) for head in heads]
+        return any(
+            head is not None and not torch.equal(self.tensors.read(head), self.tensors.read(self.file_names[embedding]))
+            for head in found
+        )
 
     def block_name(self, index: int) -> str:
         """Return the full name of a decoder block, as in "model.layers.3"."""
@@ -241,7 +265,10 @@ class FloatModel:
     def config_dict(self) -> dict[str, Any]:
         """Return what belongs into config.json: the source's own where there is one."""
         if self.location.is_dir():
-            return json.loads((self.location / "config.json").read_text(encoding="utf-8"))
+            values = json.loads((self.location / "config.json").read_text(encoding="utf-8"))
+            if _read_folder_config(self.location).tie_word_embeddings != self.config.tie_word_embeddings:
+                values["tie_word_embeddings"] = self.config.tie_word_embeddings
+            return values
         values = self.config.to_diff_dict()
         values.pop("_name_or_path", None)
         return {"architectures": [type(self.model).__name__], **values}
@@ -262,17 +289,32 @@ class FloatModel:
         return {path.name: sha256_of_file(path) for path in paths if path.is_file()}
 
     def save_companions(self, folder: Path) -> None:
-        """Put tokenizer and generation files into `folder`: copies of the model folder's, or made from the GGUF."""
+        """Put tokenizer and generation files into `folder`: copies of the model folder's, or made from the GGUF.
+
+        Raises:
+            ModelError: they are damaged, or can't be made.
+            OSError: `folder` can't be written.
+        """
         from transformers import GenerationConfig
 
         if self.location.is_dir():
             for name in _COMPANIONS:
                 if (self.location / name).is_file():
                     shutil.copyfile(self.location / name, folder / name)
-        elif self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-        if not (folder / "generation_config.json").exists():
-            GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+        try:
+            if self.location.is_file() and self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            if not (folder / "generation_config.json").exists():
+                GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+            for path in folder.glob("*.json"):
+                json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise
+        # tokenizers raise bare Exceptions
+        except Exception as cause:
+            raise ModelError(
+                f"{self.location}: its tokenizer or generation settings are damaged ({first_line(cause)})"
+            ) from cause
 
 
 def _read_folder_config(folder: Path, *, quantized: bool = False) -> Any:
@@ -282,7 +324,7 @@ def _read_folder_config(folder: Path, *, quantized: bool = False) -> Any:
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if "quantization_config" in values and not quantized:
+        if values.get("quantization_config") and not quantized:
             method = values["quantization_config"].get("quant_method", "unknown")
             raise ModelError(f"{folder}: is already quantized ({method}); give the float model it was made from")
         get_architecture(values.get("model_type", "(none given)"))  # refuse before building what isn't known
@@ -318,7 +360,15 @@ def _read_gguf_config(path: Path, reader: Any) -> Any:
 
     fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
     architecture = fields.get("general.architecture")
+    if architecture is None:
+        raise ModelError(f"{path}: doesn't say which architecture it is of; needed a GGUF file of a model")
+    if fields.get("split.count", 1) > 1:
+        raise ModelError(
+            f"{path}: is one part of a split GGUF file; join them with llama.cpp's llama-gguf-split --merge"
+        )
     scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling == "none" and {fields.get(f"{architecture}.rope.{key}", 1.0) for key in _ROTARY_FACTORS} != {1.0}:
+        scaling = "linear"
     # Gemma 2 27B scales its queries by another number than its smaller sisters; GGUF has no field for it
     if scaling != "none" or (architecture == "gemma2" and fields.get("gemma2.block_count") == 46):
         raise ModelError(
@@ -327,7 +377,7 @@ def _read_gguf_config(path: Path, reader: Any) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, OSError) as cause:
+    except (ValueError, LookupError, OSError) as cause:
         raise ArchitectureError(f"{path}: transformers can't read this GGUF's configuration ({cause})") from cause
     get_architecture(config.model_type)
     return config
@@ -384,9 +434,10 @@ def is_finite(values: torch.Tensor) -> bool:
     return bool(values.sum(dtype=torch.float32).isfinite()) or bool(torch.isfinite(values).all())
 
 
-def tied_names(model: nn.Module) -> set[str]:
-    """Return the names of the output head's tensors that are the input embedding's: no file needs them."""
-    return {f"{name}.weight" for name in head_layers(model)[1:]}
+def tied_names(model: nn.Module) -> list[str]:
+    """Return the names of the tensor that embedding and head share, the embedding's first; none if they aren't tied."""
+    layers = head_layers(model)
+    return [f"{name}.weight" for name in layers] if len(layers) > 1 else []
 
 
 def head_layers(model: nn.Module) -> list[str]:

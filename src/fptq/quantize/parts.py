@@ -71,8 +71,10 @@ class Parts:
         """Store embeddings, last norm and head, which is rounded here if it is to be in int8.
 
         Raises:
+            ModelError: the tokenizer or the generation settings are damaged, which would otherwise show in the end.
             QuantizationError: a tensor has values that the file can't hold.
         """
+        self._source.save_companions(self._writer.final)
         for part, name in self._outside.items():
             tensor = self._source.read(name)
             int8 = name in {f"{layer}.weight" for layer in self._head}

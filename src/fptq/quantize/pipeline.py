@@ -238,7 +238,7 @@ class _Job:
             parts = Parts(writer, self.source, self.recipe, self.head, self.storage_dtype)
             reached = self.workspace.next_block()
             if reached is None:
-                parts.write_outside()  # first of all: a damaged tensor shows before hours of work
+                parts.write_outside()  # first of all: what is damaged shows before hours of work
                 self.float_run.compute(progress=self.options.progress)
                 if self.fisher:
                     self.fisher.compute(progress=self.options.progress)
