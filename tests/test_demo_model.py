@@ -69,14 +69,22 @@ def test_demo_model_end_to_end(tmp_path: Path) -> None:
             assert list(completion.tokens) == tokens[0, len(prompt) :].tolist()
 
 
+class Field:
+    def __init__(self, value: object):
+        self.value = value
+
+    def contents(self) -> object:
+        return self.value
+
+
+def test_a_turns_end_ends_an_answer_too(demo: FloatModel) -> None:
+    reader = open_gguf(demo.location)
+    assert loading._read_gguf_config(demo.location, reader).eos_token_id == 2
+    reader.fields["tokenizer.ggml.eot_token_id"] = Field(5)
+    assert loading._read_gguf_config(demo.location, reader).eos_token_id == [2, 5]
+
+
 def test_gguf_files_that_transformers_would_read_wrongly_are_refused(demo: FloatModel) -> None:
-    class Field:
-        def __init__(self, value: object):
-            self.value = value
-
-        def contents(self) -> object:
-            return self.value
-
     for key, value, match in (
         ("llama.rope.scaling.type", "yarn", r"rotary scaling \(yarn\).*safetensors"),
         ("llama.rope.scale_linear", 4.0, r"rotary scaling \(linear\)"),

@@ -380,6 +380,9 @@ def _read_gguf_config(path: Path, reader: Any) -> Any:
     except (ValueError, LookupError, OSError) as cause:
         raise ArchitectureError(f"{path}: transformers can't read this GGUF's configuration ({cause})") from cause
     get_architecture(config.model_type)
+    turn = reader.fields.get("tokenizer.ggml.eot_token_id")
+    if turn is not None and config.eos_token_id not in (None, turn.contents()):
+        config.eos_token_id = [config.eos_token_id, turn.contents()]  # an answer ends with either
     return config
 
 
