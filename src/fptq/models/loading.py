@@ -152,11 +152,10 @@ class FloatModel:
 
     def _has_another_head(self) -> bool:
         """Return whether the files have an output head of their own, though the config says that it is tied."""
-        embedding, *heads = tied_names(self.model) or [""]
-        found = [self._find(head) for head in heads]
+        shared = tied_names(self.model)
+        heads = [head for head in map(self._find, shared[1:]) if head is not None]
         return any(
-            head is not None and not torch.equal(self.tensors.read(head), self.tensors.read(self.file_names[embedding]))
-            for head in found
+            not torch.equal(self.tensors.read(head), self.tensors.read(self.file_names[shared[0]])) for head in heads
         )
 
     def block_name(self, index: int) -> str:
